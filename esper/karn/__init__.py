@@ -1,0 +1,1 @@
+"""The memory: store, catalogue, SQL, cards and reports. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Hosts, seeds and blueprints."""

@@ -1,0 +1,1 @@
+"""Contracts: everything that the other packages must agree on. No torch."""

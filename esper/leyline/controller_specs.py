@@ -1,0 +1,153 @@
+"""Specifications of controllers: rules, schedules, explorers and learned policies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from esper.leyline.actions import CNN_BLUEPRINTS, MAX_SLOTS, Blend
+from esper.leyline.errors import unknown_name
+from esper.leyline.spec_base import Spec
+
+
+class NeverAct(Spec):
+    """The control: WAIT at every step."""
+
+    kind: Literal["never-act"] = "never-act"
+    name: Literal["never-act"] = "never-act"
+
+
+class UniformRandom(Spec):
+    """The hierarchical uniform policy u: uniform over valid ops, then slots, then each lever."""
+
+    kind: Literal["random"] = "random"
+    name: Literal["random"] = "random"
+
+
+class Heuristic(Spec):
+    """Rules on a plateau counter. The eleven behaviours and the reference heuristic are settings of these fields.
+
+    Attributes:
+        min_epochs: No germination before this step.
+        plateau_epochs: Epochs without half a point of progress that trigger a germination.
+        prune_after: Epochs in TRAINING after which a seed is advanced or pruned.
+        blueprints: The rotation.
+        inverted: Germinate when not on a plateau; FOSSILIZE and PRUNE swapped.
+        period_epochs: Germinate every so many epochs instead of on a plateau.
+        cycle_levers: Slots and levers rotate with the blueprint.
+        start_by_replicate: The rotation starts at the replicate instead of 0.
+    """
+
+    kind: Literal["heuristic"] = "heuristic"
+    name: str
+    min_epochs: Annotated[int, Field(ge=0)] = 5
+    plateau_epochs: Annotated[int, Field(ge=1)] = 3
+    prune_after: Annotated[int, Field(ge=1)] = 5
+    blueprints: tuple[str, ...] = ("conv_light", "attention", "norm", "depthwise")
+    inverted: bool = False
+    period_epochs: Annotated[int, Field(ge=1)] | None = None
+    cycle_levers: bool = False
+    start_by_replicate: bool = False
+
+    @model_validator(mode="after")
+    def _known_blueprints(self) -> Self:
+        for blueprint in self.blueprints:
+            if blueprint not in CNN_BLUEPRINTS:
+                raise ValueError(str(unknown_name("blueprint", blueprint, CNN_BLUEPRINTS)))
+        if self.inverted and self.period_epochs is not None:
+            raise ValueError("inverted has no effect with period_epochs")
+        return self
+
+
+class Plant(Spec):
+    """One seed of a schedule: carried out as soon as possible from `birth_epoch` on, and committed when it can be."""
+
+    slot: Annotated[int, Field(ge=0, lt=MAX_SLOTS)]
+    blueprint: str
+    birth_epoch: Annotated[int, Field(ge=0)] = 0
+    blend: Blend = Blend.LINEAR
+    tempo_epochs: int = 3
+    dwell_epochs: int = 1
+    isolation: Literal["isolated", "coadapt", "topology"] = "topology"
+    seed_lr_factor: float = 1.0
+
+    @model_validator(mode="after")
+    def _known_blueprint(self) -> Self:
+        if self.blueprint not in CNN_BLUEPRINTS:
+            raise ValueError(str(unknown_name("blueprint", self.blueprint, CNN_BLUEPRINTS)))
+        return self
+
+
+class FixedSchedule(Spec):
+    """Carries out a list of plants, whatever is observed."""
+
+    kind: Literal["schedule"] = "schedule"
+    name: str
+    plants: tuple[Plant, ...]
+
+
+class ScheduleSampler(Spec):
+    """Carries out whole plans from a pool keyed by (pool name, plan index), the same on every env_seed.
+
+    Repetition r carries out plan r: the declared plans first, then sampled ones of 1 to 3 seeds. No propensity.
+    """
+
+    kind: Literal["schedule-sampler"] = "schedule-sampler"
+    name: Literal["schedule-sampler"] = "schedule-sampler"
+    pool: str
+    num_plans: Annotated[int, Field(ge=1)]
+    num_slots: Annotated[int, Field(ge=1, le=MAX_SLOTS)]
+    max_birth_epoch: Annotated[int, Field(ge=0)]
+
+
+class LearnedPolicy(Spec):
+    """A checkpoint: `digest` is the SHA-256 of its weights, `sampled` draws from the policy instead of its argmax."""
+
+    kind: Literal["policy"] = "policy"
+    name: str
+    path: str
+    digest: str
+    sampled: bool = False
+
+    @property
+    def spec_id(self) -> str:
+        """The id, in which the path has no part."""
+        return type(self)(name=self.name, path="", digest=self.digest, sampled=self.sampled)._hash()
+
+    def _hash(self) -> str:
+        return Spec.spec_id.fget(self)  # type: ignore[attr-defined, no-any-return]
+
+
+ControllerSpec = Annotated[
+    NeverAct | UniformRandom | Heuristic | FixedSchedule | ScheduleSampler | LearnedPolicy,
+    Field(discriminator="kind"),
+]
+
+HEURISTIC = Heuristic(name="heuristic")
+"""The reference rule that every comparison includes."""
+
+_EIGHT = ("norm", "attention", "conv_small", "bottleneck", "depthwise", "dilated", "conv_light", "conv_heavy")
+
+ELEVEN_BEHAVIOURS: dict[str, Heuristic | UniformRandom] = {
+    "baseline": Heuristic(name="baseline"),
+    "early-intervener": Heuristic(name="early-intervener", min_epochs=3, plateau_epochs=2),
+    "late-intervener": Heuristic(name="late-intervener", min_epochs=8, plateau_epochs=5),
+    "quick-culler": Heuristic(name="quick-culler", prune_after=3),
+    "patient-culler": Heuristic(name="patient-culler", prune_after=8),
+    "blueprint-explorer": Heuristic(
+        name="blueprint-explorer", blueprints=_EIGHT, cycle_levers=True, start_by_replicate=True
+    ),
+    "aggressive": Heuristic(name="aggressive", min_epochs=3, plateau_epochs=2, prune_after=3),
+    "conservative": Heuristic(name="conservative", min_epochs=8, plateau_epochs=5, prune_after=8),
+    "random": UniformRandom(),
+    "anti-kasmina": Heuristic(name="anti-kasmina", inverted=True),
+    "periodic": Heuristic(name="periodic", period_epochs=5),
+}
+
+
+def behaviour(name: str) -> Heuristic | UniformRandom:
+    """Return one of the eleven behaviours; an unknown name raises UnknownNameError."""
+    if name not in ELEVEN_BEHAVIOURS:
+        raise unknown_name("behaviour", name, ELEVEN_BEHAVIOURS)
+    return ELEVEN_BEHAVIOURS[name]

@@ -1,0 +1,145 @@
+"""Schemas of the three tables, `steps`, `episodes` and `costs`: every column typed, nullability stated.
+
+`steps` has one row per decision plus the final observation (`is_last`, action null). The row of decision t holds what
+was observed before it, the action, and what came after it as reward components; `terminated` says that the episode's
+budget (or the host) ended with this transition. Key: (episode_id, step, actor).
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from esper.leyline.actions import LEVERS
+from esper.leyline.observations import FEATURES
+
+SCHEMA_VERSION = 1
+
+ACTION_FIELDS: tuple[str, ...] = ("action_slot", *(f"action_{lever}" for lever in LEVERS))
+"""The columns of an action beside `op`, in tree order."""
+
+_KEY = [
+    pa.field("episode_id", pa.string(), nullable=False),
+    pa.field("environment", pa.string(), nullable=False),
+    pa.field("env_seed", pa.int64(), nullable=False),
+]
+
+_COMMIT = [
+    pa.field("commit_id", pa.string(), nullable=False),
+    pa.field("attempt", pa.int32(), nullable=False),
+]
+
+
+def _feature_fields() -> list[pa.Field]:
+    types = {"float": pa.float32(), "int": pa.int32()}
+    return [pa.field(column, types[feature.kind]) for feature in FEATURES for column in feature.columns]
+
+
+STEPS = pa.schema(
+    [
+        *_KEY,
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("actor", pa.string(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("host_key", pa.string(), nullable=False),
+        pa.field("state_id", pa.string(), nullable=False),
+        pa.field("is_last", pa.bool_(), nullable=False),
+        pa.field("replayed", pa.bool_(), nullable=False),
+        *_feature_fields(),
+        pa.field("valid_ops", pa.uint16(), nullable=False),
+        pa.field("valid_slots", pa.list_(pa.uint8()), nullable=False),
+        pa.field("tree_mask", pa.binary(), nullable=False),
+        pa.field("forced", pa.bool_(), nullable=False),
+        pa.field("op", pa.string()),
+        *(pa.field(name, pa.int8()) for name in ACTION_FIELDS),
+        pa.field("executed", pa.bool_()),
+        pa.field("refused_by", pa.string()),
+        pa.field("epsilon", pa.float64(), nullable=False),
+        pa.field("temperature", pa.float64()),
+        pa.field("plan", pa.int32()),
+        pa.field("behaviour_logp", pa.float64()),
+        pa.field("op_probs", pa.list_(pa.float64())),
+        pa.field("reward_accuracy_points", pa.float64()),
+        pa.field("reward_growth_log2", pa.float64()),
+        pa.field("control_val_loss", pa.float32()),
+        pa.field("control_val_accuracy", pa.float32()),
+        pa.field("final_val_accuracy", pa.float64()),
+        pa.field("control_final_val_accuracy", pa.float64()),
+        pa.field("final_seed_params", pa.int64()),
+        pa.field("train_flops", pa.float64(), nullable=False),
+        pa.field("terminated", pa.bool_(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        *_COMMIT,
+    ]
+)
+
+EPISODES = pa.schema(
+    [
+        *_KEY,
+        pa.field("environment_id", pa.string(), nullable=False),
+        pa.field("environment_spec", pa.string(), nullable=False),
+        pa.field("replicate", pa.int64(), nullable=False),
+        pa.field("role", pa.string(), nullable=False),
+        pa.field("root", pa.string(), nullable=False),
+        pa.field("controller", pa.string(), nullable=False),
+        pa.field("controller_id", pa.string(), nullable=False),
+        pa.field("controller_spec", pa.string(), nullable=False),
+        pa.field("epsilon", pa.float64(), nullable=False),
+        pa.field("temperature", pa.float64()),
+        pa.field("repetition", pa.int32(), nullable=False),
+        pa.field("plan", pa.int32()),
+        pa.field("branch_parent", pa.string()),
+        pa.field("branch_step", pa.int32()),
+        pa.field("outcome", pa.string(), nullable=False),
+        pa.field("error", pa.string()),
+        pa.field("num_steps", pa.int32(), nullable=False),
+        pa.field("final_host_key", pa.string()),
+        pa.field("history_id", pa.string(), nullable=False),
+        pa.field("final_val_accuracy", pa.float64()),
+        pa.field("final_test_accuracy", pa.float64()),
+        pa.field("uncommitted_val_accuracy", pa.float64()),
+        pa.field("uncommitted_test_accuracy", pa.float64()),
+        pa.field("control_final_val_accuracy", pa.float64()),
+        pa.field("control_final_test_accuracy", pa.float64()),
+        pa.field("control_valid", pa.bool_(), nullable=False),
+        pa.field("host_params", pa.int64(), nullable=False),
+        pa.field("final_seed_params", pa.int64(), nullable=False),
+        pa.field("num_fossils", pa.int32(), nullable=False),
+        pa.field("num_wait", pa.int32(), nullable=False),
+        pa.field("num_germinate", pa.int32(), nullable=False),
+        pa.field("num_advance", pa.int32(), nullable=False),
+        pa.field("num_fossilize", pa.int32(), nullable=False),
+        pa.field("num_prune", pa.int32(), nullable=False),
+        pa.field("train_flops", pa.float64(), nullable=False),
+        pa.field("engine_version", pa.string(), nullable=False),
+        pa.field("code_commit", pa.string(), nullable=False),
+        pa.field("created_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        *_COMMIT,
+    ]
+)
+
+COSTS = pa.schema(
+    [
+        *_KEY,
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("device", pa.string(), nullable=False),
+        pa.field("cpu_s_alone", pa.float64(), nullable=False),
+        pa.field("cpu_s_shared", pa.float64(), nullable=False),
+        pa.field("riders", pa.int32(), nullable=False),
+        *_COMMIT,
+    ]
+)
+
+SCHEMAS: dict[str, pa.Schema] = {"steps": STEPS, "costs": COSTS, "episodes": EPISODES}
+"""The tables in the order in which they are committed: an episode exists iff its `episodes` row does."""
+
+NOT_IN_DIGEST = frozenset({"commit_id", "attempt", "code_commit", "created_at"})
+"""Columns that a rerun of the same spec may change."""
+
+OUTCOMES = ("completed", "diverged", "rolled_back", "failed")
+
+
+def deterministic_columns(table: str) -> list[str]:
+    """Return the columns that the dataset digest covers (`costs` has none)."""
+    if table == "costs":
+        return []
+    return [name for name in SCHEMAS[table].names if name not in NOT_IN_DIGEST]

@@ -1,0 +1,92 @@
+"""The base of every specification: frozen, complete, hashed by its canonical JSON, read from TOML."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from esper.leyline.errors import SpecError, nearest
+from esper.leyline.keys import hex_digest
+
+
+class Spec(BaseModel):
+    """A frozen specification; an unknown key is an error that names the nearest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @property
+    def spec_id(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the canonical JSON of every field."""
+        return hex_digest(self.model_dump(mode="json"), 16)
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], source: str = "input") -> Self:
+        """Return the specification in `data`; `source` names it in errors.
+
+        Raises:
+            SpecError: An unknown key, a missing one, or a value of the wrong type or range.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise SpecError(_explain(cls, error, source)) from None
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Self:
+        """Return the specification in a TOML file."""
+        return cls.parse(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file; SpecError where it is missing, unreadable or not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not valid TOML: {error}") from None
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The known keys beside the one at `location`, as far as the model's types tell."""
+    current: Any = model
+    for part in location[:-1]:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)):
+            return []
+        field = current.model_fields.get(str(part))
+        if field is None:
+            continue
+        current = _model_in(field.annotation)
+    if isinstance(current, type) and issubclass(current, BaseModel):
+        return list(current.model_fields)
+    return []
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"]) or "(top level)"
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"])
+            close = nearest(str(item["loc"][-1]), known)
+            hint = f"; did you mean {close!r}?" if close else ""
+            listing = f"\n  known keys: {', '.join(sorted(known))}" if known else ""
+            lines.append(f"unknown key {where!r}{hint}{listing}")
+        elif item["type"] == "missing":
+            lines.append(f"key {where!r} is missing")
+        else:
+            lines.append(f"{where}: {item['msg']} (found {item['input']!r})")
+    return f"{source}: " + "\n".join(lines)

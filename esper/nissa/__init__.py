@@ -1,0 +1,1 @@
+"""Telemetry: events and the sinks that write them."""

@@ -1,0 +1,1 @@
+"""Learning and evaluation: BC, IQL, CQL, PPO and paired statistics."""

@@ -1,0 +1,1 @@
+"""Controllers: rules, schedules, behaviours and learned policies."""

@@ -1,0 +1,1 @@
+"""The engine: task data, lineages, cohorts, branching, costs."""
