@@ -56,11 +56,19 @@ def symlog(values: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def _fill(values: NDArray[np.floating], sentinel: float) -> NDArray[np.floating]:
-    return np.asarray(np.where(np.isfinite(values), values, sentinel))
+    out: NDArray[np.floating] = np.where(np.isfinite(values), values, sentinel)
+    return out
+
+
+def _clip(values: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Limit to the published range of losses and differences."""
+    out: NDArray[np.floating] = np.clip(values, -100, 100)
+    return out
 
 
 def _flag(values: NDArray[np.bool_]) -> NDArray[np.floating]:
-    return np.asarray(values, dtype=np.float32)
+    out: NDArray[np.floating] = np.asarray(values, dtype=np.float32)
+    return out
 
 
 def _lags(columns: Columns, name: str) -> list[NDArray[np.floating]]:
@@ -69,12 +77,14 @@ def _lags(columns: Columns, name: str) -> list[NDArray[np.floating]]:
 
 
 def _stage(columns: Columns, slot: int) -> NDArray[np.floating]:
-    return np.asarray(columns[slot_column(slot, "stage")])
+    stage: NDArray[np.floating] = np.asarray(columns[slot_column(slot, "stage")])
+    return stage
 
 
 def _in_stage(columns: Columns, slot: int, stages: frozenset[Stage]) -> NDArray[np.bool_]:
     present = columns[slot_column(slot, "present")] > 0
-    return np.asarray(np.isin(_stage(columns, slot), [int(stage) for stage in stages]) & present)
+    inside: NDArray[np.bool_] = np.isin(_stage(columns, slot), [int(stage) for stage in stages]) & present
+    return inside
 
 
 def _furthest(columns: Columns, name: str, empty: float) -> NDArray[np.floating]:
@@ -92,10 +102,10 @@ def _furthest(columns: Columns, name: str, empty: float) -> NDArray[np.floating]
 
 def _build_v1(columns: Columns, step_N: NDArray[np.integer]) -> Named:
     def loss(values: NDArray[np.floating]) -> NDArray[np.floating]:
-        return np.clip(_fill(values, 10.0), -100, 100)
+        return _clip(_fill(values, 10.0))
 
     def delta(values: NDArray[np.floating]) -> NDArray[np.floating]:
-        return np.clip(_fill(values, 0.0), -100, 100)
+        return _clip(_fill(values, 0.0))
 
     step = step_N.astype(np.float32)
     live = np.zeros(len(step), dtype=bool)

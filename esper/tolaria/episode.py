@@ -1,0 +1,45 @@
+"""A rider: one episode's own state. Everything else it shares with the riders of its lineage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from esper.kasmina.lifecycle import SeedKey, SlotState
+from esper.leyline.identity import state_id
+from esper.leyline.stages import INCUBATING_STAGES, Stage
+from esper.tolaria.lineage import Lineage, Outcome
+
+
+@dataclass(slots=True)
+class Rider:
+    """One episode of a cohort."""
+
+    index: int
+    root: str
+    lineage: Lineage
+    slots: list[SlotState]
+    last_op: int = -1
+    last_executed: bool = False
+    done: bool = False
+    diverged: bool = False
+    num_steps: int = 0
+    outcome: Outcome | None = None
+    executed_rows: list[tuple[int, ...]] = field(default_factory=list)
+
+    def incubating(self) -> list[SeedKey]:
+        """Return the keys of its seeds that the host does not know."""
+        return [slot.seed for slot in self.slots if slot.stage in INCUBATING_STAGES and slot.seed is not None]
+
+    def seed_params(self) -> int:
+        """Return the parameters of all its seeds: incubating, blended or fossil."""
+        waiting = sum(self.lineage.incubations[key].num_params for key in self.incubating())
+        return waiting + self.lineage.blended_params
+
+    def num_fossils(self) -> int:
+        """Return how many seeds it has committed."""
+        return sum(slot.stage is Stage.FOSSILIZED for slot in self.slots)
+
+    def state_id(self, step: int) -> str:
+        """Return the id of what a controller observes of it now."""
+        slots = tuple(slot.identity() for slot in self.slots)
+        return state_id(self.lineage.host_key, step, slots, self.last_op, self.last_executed)

@@ -1,0 +1,211 @@
+"""A lineage: one distinct host trajectory, with the seeds that incubate on it. Riders share it, and it is run once."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from esper.kasmina.blending import alpha_at
+from esper.kasmina.blueprints import build_blueprint
+from esper.kasmina.hosts import Host, count_parameters
+from esper.kasmina.lifecycle import SeedKey, SlotState
+from esper.kasmina.network import Graft, Network
+from esper.leyline.actions import CNN_BLUEPRINTS, SEED_LR_FACTORS, Blend
+from esper.leyline.specs import EnvironmentSpec
+from esper.tolaria.runtime import channels_last, keyed_initialisation
+from esper.tolaria.tasks import TaskData
+
+NAN = float("nan")
+
+
+@dataclass(slots=True)
+class SeedMeasures:
+    """What was measured of a seed in the last epoch; NaN is unmeasured. Losses in nats, accuracies in points."""
+
+    train_loss_drop: float = NAN
+    val_loss_drop: float = NAN
+    seed_improvement: float = NAN
+    removal_cost: float = NAN
+    removal_cost_velocity: float = NAN
+    gradient_norm: float = NAN
+    gradient_health: float = NAN
+    gradient_health_previous: float = NAN
+    gradient_vanishing: float = NAN
+    gradient_exploding: float = NAN
+    weight_norm: float = NAN
+
+
+@dataclass(slots=True)
+class Incubation:
+    """A seed that trains beside the host. Its cost in CPU seconds is kept apart, to be shared by its own riders."""
+
+    key: SeedKey
+    module: nn.Module
+    optimiser: torch.optim.Optimizer
+    num_params: int
+    measures: SeedMeasures = field(default_factory=SeedMeasures)
+    cpu_s: float = 0.0
+
+
+@dataclass(slots=True)
+class BlendedSeed:
+    """A seed that the host knows."""
+
+    key: SeedKey
+    blend: Blend
+    total_epochs: int
+    num_params: int
+    epochs_blended: int = 0
+    measures: SeedMeasures = field(default_factory=SeedMeasures)
+
+
+@dataclass(slots=True)
+class EpochMetrics:
+    """Host losses (nats) and accuracies (fractions) after an epoch; NaN is unmeasured."""
+
+    train_loss: float = NAN
+    train_accuracy: float = NAN
+    val_loss: float = NAN
+    val_accuracy: float = NAN
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Accuracies at the end of an episode, fractions."""
+
+    final_val_accuracy: float
+    final_test_accuracy: float
+    uncommitted_val_accuracy: float
+    uncommitted_test_accuracy: float
+    seed_params: int
+    num_fossils: int
+
+
+class Lineage:
+    """The state of one host trajectory."""
+
+    def __init__(self, host_key: str, spec: EnvironmentSpec, network: Network) -> None:
+        self.host_key = host_key
+        self.spec = spec
+        self.network = network
+        self.optimiser = make_optimiser(spec, [p for p in network.parameters() if p.requires_grad], 1.0)
+        self.seeds: dict[int, BlendedSeed] = {}
+        self.incubations: dict[SeedKey, Incubation] = {}
+        self.history: list[EpochMetrics] = []
+        self.plateau_epochs = 0
+        self.diverged = False
+        self.cpu_s = 0.0
+        self.epoch_flops = 0.0
+        self.outcome: Outcome | None = None
+
+    @property
+    def blended_params(self) -> int:
+        """Parameters of the seeds that the host knows."""
+        return sum(seed.num_params for seed in self.seeds.values())
+
+    def fork(self, host_key: str, keep: set[SeedKey]) -> Lineage:
+        """Return a copy under a new key, with the incubations in `keep`."""
+        incubations, self.incubations = self.incubations, {k: v for k, v in self.incubations.items() if k in keep}
+        child = copy.deepcopy(self, {id(self.spec): self.spec})
+        self.incubations = incubations
+        child.host_key = host_key
+        return child
+
+    def incubate(self, key: SeedKey, env_seed: int, channels: int) -> Incubation:
+        """Return the incubation of a seed key, born now if it is not there yet."""
+        if key not in self.incubations:
+            module = new_seed(key, env_seed, channels)
+            optimiser = make_optimiser(self.spec, list(module.parameters()), SEED_LR_FACTORS[key.seed_lr])
+            self.incubations[key] = Incubation(key, module, optimiser, count_parameters(module))
+        return self.incubations[key]
+
+    def blend_in(self, slot: SlotState) -> None:
+        """Make an incubating seed part of the host; its optimiser state comes along."""
+        if slot.seed is None:
+            raise ValueError("an empty slot cannot be blended in")
+        incubation = self.incubations.pop(slot.seed)
+        index = slot.seed.slot
+        self.network.grafts[index] = Graft(incubation.module, 0.0, slot.isolated, fossil=False)
+        for group in incubation.optimiser.param_groups:
+            self.optimiser.add_param_group(group)
+        self.optimiser.state.update(incubation.optimiser.state)
+        self.seeds[index] = BlendedSeed(
+            slot.seed, slot.blend_kind, slot.tempo_epochs, incubation.num_params, measures=incubation.measures
+        )
+
+    def plant_fossil(self, key: SeedKey, env_seed: int, channels: int) -> None:
+        """Put a new seed straight into the committed network: the way in which a bigger root begins."""
+        self.incubate(key, env_seed, channels)
+        self.blend_in(SlotState(seed=key, blend=0, tempo=0, dwell=0, isolation=1))
+        self.seeds[key.slot].epochs_blended = self.seeds[key.slot].total_epochs
+        self.network.grafts[key.slot].alpha = 1.0
+        self.commit(key.slot)
+
+    def commit(self, slot: int) -> None:
+        """Fossilize: input no longer detached, parameters at the host's learning rate, optimiser state kept."""
+        graft = self.network.grafts[slot]
+        graft.isolated = False
+        graft.fossil = True
+        members = {id(parameter) for parameter in graft.module.parameters()}
+        for group in self.optimiser.param_groups:
+            if id(group["params"][0]) in members:
+                group["lr_factor"] = 1.0
+
+    def remove(self, slot: int) -> None:
+        """Take a blended seed out of the host."""
+        graft = self.network.grafts.pop(slot)
+        del self.seeds[slot]
+        members = {id(parameter) for parameter in graft.module.parameters()}
+        self.optimiser.param_groups = [
+            group for group in self.optimiser.param_groups if id(group["params"][0]) not in members
+        ]
+        for parameter in graft.module.parameters():
+            self.optimiser.state.pop(parameter, None)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set the learning rate of the environment's clock and the alphas of this epoch."""
+        self.set_learning_rate(self.spec.learning_rate_at(epoch))
+        for slot, seed in self.seeds.items():
+            if not self.network.grafts[slot].fossil:
+                seed.epochs_blended += 1
+                self.network.grafts[slot].alpha = alpha_at(seed.blend, seed.epochs_blended, seed.total_epochs)
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the host's learning rate; every seed keeps its multiple."""
+        optimisers = [self.optimiser, *(incubation.optimiser for incubation in self.incubations.values())]
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate * group["lr_factor"]
+
+    def record(self, metrics: EpochMetrics) -> None:
+        """Append an epoch's metrics and update the plateau counter (half a point resets it)."""
+        if self.history:
+            progress = 100 * (metrics.val_accuracy - self.history[-1].val_accuracy)
+            self.plateau_epochs = self.plateau_epochs + 1 if progress < 0.5 else 0
+        self.history.append(metrics)
+
+
+def make_optimiser(spec: EnvironmentSpec, parameters: list[Tensor], lr_factor: float) -> torch.optim.Optimizer:
+    """Return the environment's optimiser over one parameter group."""
+    group = [{"params": parameters, "lr_factor": lr_factor}]
+    learning_rate = spec.learning_rate * lr_factor
+    if spec.optimiser == "adam":
+        return torch.optim.Adam(group, lr=learning_rate, weight_decay=spec.weight_decay, fused=True)
+    return torch.optim.SGD(group, lr=learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=True)
+
+
+def new_seed(key: SeedKey, env_seed: int, channels: int) -> nn.Module:
+    """Return a seed initialised from (env_seed, slot, blueprint, birth epoch)."""
+    with keyed_initialisation(env_seed, "seed-init", key.slot, key.blueprint, key.birth_epoch):
+        module = build_blueprint(CNN_BLUEPRINTS[key.blueprint], channels)
+    return channels_last(module)
+
+
+def new_network(spec: EnvironmentSpec, env_seed: int, data: TaskData) -> Network:
+    """Return the bare host, initialised from the environment seed."""
+    with keyed_initialisation(env_seed, "host-init"):
+        host = Host(spec.host, data.in_channels, data.resolution, data.num_classes)
+    return Network(channels_last(host))
