@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from esper.leyline.actions import CNN_BLUEPRINTS, MAX_SLOTS, Blend
+from esper.leyline.actions import CNN_BLUEPRINTS, MAX_SLOTS, SEED_LR_FACTORS, Blend
 from esper.leyline.errors import unknown_name
 from esper.leyline.spec_base import Spec
 
@@ -44,7 +44,7 @@ class Heuristic(Spec):
     min_epochs: Annotated[int, Field(ge=0)] = 5
     plateau_epochs: Annotated[int, Field(ge=1)] = 3
     prune_after: Annotated[int, Field(ge=1)] = 5
-    blueprints: tuple[str, ...] = ("conv_light", "attention", "norm", "depthwise")
+    blueprints: Annotated[tuple[str, ...], Field(min_length=1)] = ("conv_light", "attention", "norm", "depthwise")
     inverted: bool = False
     period_epochs: Annotated[int, Field(ge=1)] | None = None
     cycle_levers: bool = False
@@ -67,8 +67,8 @@ class Plant(Spec):
     blueprint: str
     birth_epoch: Annotated[int, Field(ge=0)] = 0
     blend: Blend = Blend.LINEAR
-    tempo_epochs: int = 3
-    dwell_epochs: int = 1
+    tempo_epochs: Literal[3, 5, 8, 12] = 3
+    dwell_epochs: Literal[1, 2, 3, 5] = 1
     isolation: Literal["isolated", "coadapt", "topology"] = "topology"
     seed_lr_factor: float = 1.0
 
@@ -76,6 +76,8 @@ class Plant(Spec):
     def _known_blueprint(self) -> Self:
         if self.blueprint not in CNN_BLUEPRINTS:
             raise ValueError(str(unknown_name("blueprint", self.blueprint, CNN_BLUEPRINTS)))
+        if self.seed_lr_factor not in SEED_LR_FACTORS:
+            raise ValueError(f"seed_lr_factor {self.seed_lr_factor} is not one of {SEED_LR_FACTORS}")
         return self
 
 
@@ -91,6 +93,7 @@ class ScheduleSampler(Spec):
     """Carries out whole plans from a pool keyed by (pool name, plan index), the same on every env_seed.
 
     Repetition r carries out plan r: the declared plans first, then sampled ones of 1 to 3 seeds. No propensity.
+    The number of plans has no part in the id: a larger pool begins with the smaller one's plans.
     """
 
     kind: Literal["schedule-sampler"] = "schedule-sampler"
@@ -99,6 +102,11 @@ class ScheduleSampler(Spec):
     num_plans: Annotated[int, Field(ge=1)]
     num_slots: Annotated[int, Field(ge=1, le=MAX_SLOTS)]
     max_birth_epoch: Annotated[int, Field(ge=0)]
+
+    @property
+    def spec_id(self) -> str:
+        """The id, in which the number of plans has no part."""
+        return self.id_without("num_plans")
 
 
 class LearnedPolicy(Spec):
@@ -113,10 +121,7 @@ class LearnedPolicy(Spec):
     @property
     def spec_id(self) -> str:
         """The id, in which the path has no part."""
-        return type(self)(name=self.name, path="", digest=self.digest, sampled=self.sampled)._hash()
-
-    def _hash(self) -> str:
-        return Spec.spec_id.fget(self)  # type: ignore[attr-defined, no-any-return]
+        return self.id_without("path")
 
 
 ControllerSpec = Annotated[

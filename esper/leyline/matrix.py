@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS, ControllerSpec, ScheduleSampler, UniformRandom, behaviour
 from esper.leyline.errors import SpecError
-from esper.leyline.identity import EpisodeIdentity, Role, Root, check_replicate, env_seed
+from esper.leyline.identity import SELECTION_START, EpisodeIdentity, Role, Root, check_replicate, env_seed
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.spec_base import Spec
 from esper.leyline.specs import EnvironmentSpec
@@ -20,12 +20,24 @@ class Cell(Spec):
     environment: str
     reward: str
     behaviours: tuple[str, ...] = tuple(ELEVEN_BEHAVIOURS)
-    epsilons: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.1, 0.2)
+    epsilons: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (0.0, 0.1, 0.2)
     temperature: Annotated[float, Field(gt=0)] | None = None
     repetitions: Annotated[int, Field(ge=1)] = 1
     explorers: Annotated[int, Field(ge=0)] = 0
     first_replicate: Annotated[int, Field(ge=0)] = 0
     replicates: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        for name in ("behaviours", "epsilons"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names something twice: {list(values)}")
+        if self.first_replicate + self.replicates > SELECTION_START:
+            raise ValueError(
+                f"replicates reach {self.first_replicate + self.replicates}; data ends at {SELECTION_START}"
+            )
+        return self
 
 
 class MatrixSpec(Spec):
@@ -53,9 +65,9 @@ class PlannedEpisode(Spec):
     """One episode to run in a cohort."""
 
     controller: ControllerSpec
-    epsilon: float = 0.0
-    temperature: float | None = None
-    repetition: int = 0
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 0.0
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    repetition: Annotated[int, Field(ge=0)] = 0
     root: str = Root.HOST.value
     role: Role = Role.DATA
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,11 @@ class Spec(BaseModel):
     @property
     def spec_id(self) -> str:
         """The first 16 hex digits of the SHA-256 of the canonical JSON of every field."""
-        return hex_digest(self.model_dump(mode="json"), 16)
+        return self.id_without()
+
+    def id_without(self, *fields: str) -> str:
+        """Return the id that leaves some fields out."""
+        return hex_digest(self.model_dump(mode="json", exclude=set(fields)), 16)
 
     @classmethod
     def parse(cls, data: dict[str, Any], source: str = "input") -> Self:
@@ -52,27 +57,26 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """The known keys beside the one at `location`, as far as the model's types tell."""
-    current: Any = model
+    candidates: list[type[BaseModel]] = [model]
     for part in location[:-1]:
-        if not (isinstance(current, type) and issubclass(current, BaseModel)):
-            return []
-        field = current.model_fields.get(str(part))
-        if field is None:
-            continue
-        current = _model_in(field.annotation)
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return list(current.model_fields)
-    return []
+        tagged = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == part]
+        fields = [c.model_fields[str(part)] for c in candidates if str(part) in c.model_fields]
+        if tagged:
+            candidates = tagged
+        elif fields:
+            candidates = _models_in([fields[0].annotation, *fields[0].metadata])
+    return list(candidates[0].model_fields) if len(candidates) == 1 else []
 
 
-def _model_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _model_in(inner)
-        if found is not None:
-            return found
-    return None
+def _models_in(annotations: Iterable[Any]) -> list[type[BaseModel]]:
+    """Every model class that the annotations mention."""
+    found: list[type[BaseModel]] = []
+    for annotation in annotations:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            found.append(annotation)
+        else:
+            found += _models_in(getattr(annotation, "__args__", ()))
+    return found
 
 
 def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str:
@@ -87,6 +91,8 @@ def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str
             lines.append(f"unknown key {where!r}{hint}{listing}")
         elif item["type"] == "missing":
             lines.append(f"key {where!r} is missing")
+        elif item["type"] == "value_error":
+            lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
         else:
             lines.append(f"{where}: {item['msg']} (found {item['input']!r})")
     return f"{source}: " + "\n".join(lines)

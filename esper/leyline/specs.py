@@ -106,7 +106,7 @@ class EnvironmentSpec(Spec):
     task: TaskSpec
     host: HostSpec
     optimiser: Literal["sgd", "adam"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0, le=100)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     batch_size: Positive
@@ -141,6 +141,8 @@ class EnvironmentSpec(Spec):
                 raise ValueError(f"{name} {values} must be a non-empty selection of {known}")
         if not self.blends or not self.isolations:
             raise ValueError("blends and isolations must not be empty")
+        if self.default_isolation not in self.isolations:
+            raise ValueError(f"default_isolation {self.default_isolation.value!r} is not among {self.isolations}")
         return self
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esper.leyline.actions import DWELL_EPOCHS, LEVER_SIZES, MAX_SLOTS, NUM_OPS, SEED_LR_FACTORS, TEMPO_EPOCHS
-from esper.leyline.errors import unknown_name
+from esper.leyline.errors import SpecError, unknown_name
 from esper.leyline.observations import NUM_LAGS, Columns, slot_column
 from esper.leyline.stages import BLENDED_STAGES, LIVE_STAGES, STAGE_ORDER, Stage
 
@@ -216,6 +216,11 @@ def _slot_v3(columns: Columns, slot: int) -> Named:
 
 def _build_v3(num_slots: int) -> Callable[[Columns, NDArray[np.integer]], Named]:
     def build(columns: Columns, step_N: NDArray[np.integer]) -> Named:
+        most = int(columns["num_slots"].max(initial=0))
+        if most > num_slots:
+            raise SpecError(
+                f"view v3 holds {num_slots} slots, the host has {most}\n  use view v4, which holds {MAX_SLOTS}"
+            )
         out = _base_v3(columns, step_N, num_slots)
         for slot in range(num_slots):
             out += [(f"s{slot}_{name}", values) for name, values in _slot_v3(columns, slot)]

@@ -204,6 +204,7 @@ class Cohort:
                 self._quiet(rider, row)
             rider.last_op = int(row[0])
             rider.last_executed = bool(report.is_open)
+            rider.submitted_rows.append(tuple(int(v) for v in row))
             rider.executed_rows.append(tuple(int(v) for v in (row if report.is_open else WAIT_ROW)))
         for (parent_key, event), moved in movers.items():
             self._fork(parent_key, event, moved)
@@ -350,6 +351,26 @@ class Cohort:
         if self.keep_snapshots and self.step_index % SNAPSHOT_EVERY_EPOCHS == 0:
             self.snapshots[self.step_index] = copy.deepcopy(self._state, {id(self.spec): self.spec})
 
-    def restore(self, snapshot: _State) -> None:
-        """Continue from a snapshot, which stays untouched."""
-        self._state = copy.deepcopy(snapshot, {id(self.spec): self.spec})
+    def branch(self, episode: int, step: int) -> Cohort:
+        """Return a cohort of that one episode, restored from the nearest snapshot at or before `step`.
+
+        Its `step_index` says where it stands; replaying the episode's submitted actions from there leads to the very
+        same state at `step`. This cohort is left as it is.
+
+        Raises:
+            LifecycleError: There are no snapshots, or the episode never reached the step.
+        """
+        parent = self.riders[episode]
+        if not self.snapshots:
+            raise LifecycleError("the cohort keeps no snapshots to branch from\n  use Cohort(..., keep_snapshots=True)")
+        if not 0 <= step < parent.num_steps:
+            raise LifecycleError(f"cannot branch at step {step}: the episode has decisions 0 to {parent.num_steps - 1}")
+        nearest = max(known for known in self.snapshots if known <= step)
+        state = copy.deepcopy(self.snapshots[nearest], {id(self.spec): self.spec})
+        child = Cohort(self.spec, self.env_seed, [self.roots[episode]], self.executor)
+        rider = state.riders[episode]
+        rider.index = 0
+        lineages = {self.trunk_key: state.lineages[self.trunk_key], rider.lineage.host_key: rider.lineage}
+        child.trunk_key = self.trunk_key
+        child._state = _State(state.step, lineages, [rider])
+        return child

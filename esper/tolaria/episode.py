@@ -24,6 +24,7 @@ class Rider:
     diverged: bool = False
     num_steps: int = 0
     outcome: Outcome | None = None
+    submitted_rows: list[tuple[int, ...]] = field(default_factory=list)
     executed_rows: list[tuple[int, ...]] = field(default_factory=list)
 
     def incubating(self) -> list[SeedKey]:

@@ -38,8 +38,8 @@ class Decisions:
 
 
 @dataclass(slots=True)
-class _Moment:
-    """All that belongs to one step of the cohort."""
+class Moment:
+    """All that belongs to one step of the cohort: what was observed, then what was decided and what became of it."""
 
     observation: Observation
     host_keys: list[str]
@@ -49,23 +49,52 @@ class _Moment:
     decisions: Decisions | None = None
     applied: Applied | None = None
 
+    def of(self, episode: int) -> Moment:
+        """Return the moment of one episode alone."""
+        keep = slice(episode, episode + 1)
+        seen, costs, decisions, applied = self.observation, self.costs, self.decisions, self.applied
+        return Moment(
+            Observation(step=seen.step, matrix=seen.matrix[keep], mask_KT=seen.mask_KT[keep], done_K=seen.done_K[keep]),
+            self.host_keys[keep],
+            self.state_ids[keep],
+            self.control,
+            costs
+            and StepCosts(
+                cpu_s_alone_K=costs.cpu_s_alone_K[keep],
+                cpu_s_shared_K=costs.cpu_s_shared_K[keep],
+                riders_K=costs.riders_K[keep],
+                flops_K=costs.flops_K[keep],
+            ),
+            decisions
+            and Decisions(
+                actions_KA=decisions.actions_KA[keep],
+                logp_K=decisions.logp_K[keep],
+                op_probs=decisions.op_probs[keep],
+                plan_K=decisions.plan_K[keep],
+            ),
+            applied and Applied(executed_K=applied.executed_K[keep], refused_by=applied.refused_by[keep]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BranchMark:
+    """Where an episode branched off: its parent, the step, how many actions were forced, and who acted before."""
+
+    parent: str
+    step: int
+    num_forced: int
+    parent_actor: str
+
 
 @dataclass(slots=True)
 class Recorder:
-    """Collects a cohort's moments; `tables` turns them into Arrow.
-
-    Attributes:
-        replayed: Steps before this one are the replayed prefix of a branch.
-        forced_steps: Steps whose action was forced upon the controller.
-        branch: Parent episode and step of a branch.
-    """
+    """Collects a cohort's moments; `tables` turns them into Arrow."""
 
     cohort: Cohort
     plan: CohortPlan
     identities: Sequence[EpisodeIdentity]
-    replayed: int = 0
-    branch: tuple[str, int] | None = None
-    moments: list[_Moment] = field(default_factory=list)
+    branch: BranchMark | None = None
+    moments: list[Moment] = field(default_factory=list)
 
     def observed(self, observation: Observation) -> None:
         """Note the observation that precedes a decision (or ends the cohort)."""
@@ -75,7 +104,7 @@ class Recorder:
         accuracy = cohort.data.chance if trunk.diverged else metrics.val_accuracy
         control = (float("nan") if trunk.diverged else metrics.val_loss, accuracy)
         self.moments.append(
-            _Moment(
+            Moment(
                 observation,
                 [rider.lineage.host_key for rider in cohort.riders],
                 [rider.state_id(observation.step) for rider in cohort.riders],
@@ -113,16 +142,16 @@ class Recorder:
         decided = [moment.decisions for moment in moments[:-1] if moment.decisions is not None]
         applied = [moment.applied for moment in moments[:-1] if moment.applied is not None]
         actions = np.stack([d.actions_KA[k] for d in decided])
-        forced_upon = np.array([self.branch is not None and self.branch[1] == t for t in range(length)])
+        replayed, forced_upon = self._branch_flags(length)
         columns: dict[str, object] = {name: [value] * (length + 1) for name, value in self._ids(rider).items()}
         columns |= {
             "step": np.arange(length + 1),
-            "actor": [episode.controller.name] * (length + 1),
+            "actor": np.where(replayed, self.branch.parent_actor if self.branch else "", episode.controller.name),
             "role": [episode.role.value] * (length + 1),
             "host_key": [moment.host_keys[k] for moment in moments],
             "state_id": [moment.state_ids[k] for moment in moments],
             "is_last": np.arange(length + 1) == length,
-            "replayed": np.arange(length + 1) < self.replayed,
+            "replayed": replayed,
             "epsilon": [episode.epsilon] * (length + 1),
             "temperature": [episode.temperature] * (length + 1),
             "control_val_loss": [_null(moment.control[0]) for moment in moments],
@@ -145,6 +174,14 @@ class Recorder:
         }
         columns |= self._reward_columns(rider, features)
         return _table(columns, STEPS)
+
+    def _branch_flags(self, length: int) -> tuple[Bools, Bools]:
+        """Which rows are a branch's replayed prefix, and which had their action forced."""
+        steps = np.arange(length + 1)
+        if self.branch is None:
+            return steps < 0, steps < 0
+        start = self.branch.step
+        return steps < start, (steps >= start) & (steps < start + self.branch.num_forced)
 
     def _reward_columns(self, rider: Rider, features: NDArray[np.float64]) -> dict[str, object]:
         length = rider.num_steps
@@ -199,8 +236,8 @@ class Recorder:
             **self._ids(rider),
             **episode_header(self.plan, planned, identity, code_commit),
             "plan": max(plans) if max(plans) >= 0 else None,
-            "branch_parent": self.branch[0] if self.branch else None,
-            "branch_step": self.branch[1] if self.branch else None,
+            "branch_parent": self.branch.parent if self.branch else None,
+            "branch_step": self.branch.step if self.branch else None,
             "outcome": "diverged" if rider.diverged else "completed",
             "error": None,
             "num_steps": rider.num_steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from esper.leyline.protocols import BLOCK_ROWS, ActInputs, Carry, Controller, Ep
 from esper.leyline.tree import NUM_UNIFORMS
 from esper.tamiyo.registry import build_controller
 from esper.tolaria.cohort import Cohort, Observation
+from esper.tolaria.executor import Executor
 from esper.tolaria.recorder import Decisions, Recorder
 from esper.tolaria.runtime import code_commit
 
@@ -114,21 +116,36 @@ def _pad(rows: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([rows, np.full(BLOCK_ROWS - len(rows), rows[0])])
 
 
+@dataclass(slots=True)
+class CohortRun:
+    """A plan, the cohort that carries it out and what was recorded of it."""
+
+    plan: CohortPlan
+    cohort: Cohort
+    recorder: Recorder
+
+    @classmethod
+    def of(cls, plan: CohortPlan, executor: Executor | None = None, keep_snapshots: bool = False) -> Self:
+        """Run a plan to its end."""
+        roots = [episode.root for episode in plan.episodes]
+        cohort = Cohort(plan.environment, plan.env_seed, roots, executor, keep_snapshots)
+        recorder = Recorder(cohort, plan, [plan.identity(episode) for episode in plan.episodes])
+        crew = Crew(plan, plan.environment.horizon)
+        crew.begin()
+        observation = cohort.reset()
+        while not cohort.done:
+            recorder.observed(observation)
+            decisions = crew.decide(observation)
+            observation, applied = cohort.step(decisions.actions_KA, observation)
+            recorder.decided(decisions, applied)
+        recorder.observed(observation)
+        return cls(plan, cohort, recorder)
+
+
 def run_cohort(plan: CohortPlan) -> dict[str, pa.Table]:
     """Run all episodes of a plan together; return `steps`, `costs` and `episodes` without the commit columns.
 
     Same plan, same bytes in every deterministic column, whatever else runs beside it. An episode's rows do not depend
     on which other episodes the plan holds.
     """
-    cohort = Cohort(plan.environment, plan.env_seed, [episode.root for episode in plan.episodes])
-    recorder = Recorder(cohort, plan, [plan.identity(episode) for episode in plan.episodes])
-    crew = Crew(plan, plan.environment.horizon)
-    crew.begin()
-    observation = cohort.reset()
-    while not cohort.done:
-        recorder.observed(observation)
-        decisions = crew.decide(observation)
-        observation, applied = cohort.step(decisions.actions_KA, observation)
-        recorder.decided(decisions, applied)
-    recorder.observed(observation)
-    return recorder.tables(code_commit())
+    return CohortRun.of(plan).recorder.tables(code_commit())

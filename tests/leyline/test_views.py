@@ -1,0 +1,196 @@
+"""Views, position by position, on columns made by hand."""
+
+import numpy as np
+import pytest
+
+from esper.leyline.actions import MAX_SLOTS
+from esper.leyline.errors import UnknownNameError
+from esper.leyline.observations import FEATURE_BY_NAME, FEATURE_COLUMNS, FEATURES, slot_column
+from esper.leyline.stages import Stage
+from esper.leyline.views import NUM_GLOBAL_V4, NUM_SLOT_V4, V1, V3, V4, get_view, symlog
+
+NAN = float("nan")
+STEP = np.array([4])
+
+
+def columns(**changes) -> dict[str, np.ndarray]:
+    """Three slots: 0 is held, 1 trains, 2 is free; `changes` by column name."""
+    row = dict.fromkeys(FEATURE_COLUMNS, NAN)
+    row |= {"horizon": 20, "train_loss": 1.5, "train_accuracy": 0.4, "val_loss": 1.0, "val_accuracy": 0.5}
+    row |= {"val_loss_lag1": 1.25, "val_loss_lag2": 1.5, "val_accuracy_lag1": 0.45, "val_accuracy_lag2": 0.3}
+    row |= {"best_val_loss": 0.9, "best_val_accuracy": 0.55, "plateau_epochs": 2, "learning_rate": 0.1}
+    row |= {"base_learning_rate": 0.1, "optimiser": 0, "batch_size": 128, "batches_per_epoch": 15}
+    row |= {"host_params": 1000, "host_depth": 4, "seed_params": 1000, "num_slots": 3, "max_seeds": 3}
+    row |= {"max_fossils": 2, "last_op": 2, "last_executed": 1}
+    for slot in range(MAX_SLOTS):
+        row[slot_column(slot, "present")] = float(slot < 3)
+        for lever in ("blueprint", "blend", "tempo", "dwell", "isolation", "seed_lr"):
+            row[slot_column(slot, lever)] = -1
+    row |= {"s0_stage": Stage.HOLDING, "s1_stage": Stage.TRAINING, "s2_stage": Stage.DORMANT}
+    row |= {"s0_epochs_in_stage": 2, "s1_epochs_in_stage": 3, "s2_epochs_in_stage": 1}
+    row |= {"s0_alpha": 1.0, "s1_alpha": 0.0, "s2_alpha": 0.0, "s0_age": 10, "s1_age": 3}
+    row |= {"s0_blueprint": 6, "s0_blend": 2, "s0_tempo": 1, "s0_dwell": 2, "s0_isolation": 1, "s0_seed_lr": 2}
+    row |= {"s1_blueprint": 1, "s1_blend": 0, "s1_tempo": 3, "s1_dwell": 0, "s1_isolation": 0, "s1_seed_lr": 1}
+    row |= {"s0_removal_cost": 4.0, "s0_removal_cost_velocity": -2.0, "s0_removal_age": 2, "s1_seed_improvement": 1.5}
+    row |= {"s1_gradient_norm": 0.5, "s1_gradient_health": 0.75, "s1_gradient_vanishing": 0.5}
+    row |= changes
+    return {name: np.array([value], dtype=np.float32) for name, value in row.items()}
+
+
+def encode(view, **changes):
+    encoded = view.encode(columns(**changes), STEP)
+    assert encoded.dtype == np.float32
+    assert np.isfinite(encoded).all()
+    return encoded[0]
+
+
+def named(view, **changes):
+    return dict(zip(view.names, encode(view, **changes).tolist(), strict=True))
+
+
+def test_widths_are_the_published_ones():
+    assert V1.width == 27
+    assert V3.width == 116 + 3
+    assert V3.num_blueprint_indices == 3
+    assert V4.width == NUM_GLOBAL_V4 + MAX_SLOTS * NUM_SLOT_V4
+    for view in (V1, V3, V4):
+        assert len(set(view.names)) == view.width
+
+
+def test_v1_has_the_27_numbers_in_the_published_order():
+    expected = [4, 60, 1.5, 1.0, 0.25, 40, 50, 5, 2, 55, 0.9]
+    expected += [0, 0, 1.5, 1.25, 1.0, 0, 0, 30, 45, 50]
+    expected += [1, Stage.HOLDING, 2, 1.0, 0, 1]
+    np.testing.assert_allclose(encode(V1), expected, rtol=1e-5)
+
+
+def test_v1_reads_the_seed_furthest_in_its_life():
+    found = named(V1, s0_stage=Stage.FOSSILIZED)
+    assert (found["seed_stage"], found["seed_epochs_in_stage"], found["seed_improvement"]) == (Stage.TRAINING, 3, 1.5)
+    found = named(V1, s0_stage=Stage.TRAINING, s0_epochs_in_stage=1)
+    assert found["seed_epochs_in_stage"] == 3
+
+
+def test_v1_without_a_live_seed_is_zero_there():
+    found = named(V1, s0_stage=Stage.DORMANT, s1_stage=Stage.PRUNED)
+    assert [found[name] for name in V1.names[21:]] == [0, 0, 0, 0, 0, 2]
+
+
+def test_v1_has_ten_for_losses_and_zero_for_changes_that_are_unknown():
+    found = named(V1, train_loss=NAN, val_loss=float("inf"), best_val_loss=NAN, val_accuracy_lag1=NAN)
+    assert (found["train_loss"], found["val_loss"], found["best_val_loss"]) == (10, 10, 10)
+    assert (found["loss_delta"], found["accuracy_delta"]) == (0, 0)
+    assert named(V1, val_loss=500.0)["val_loss"] == 100
+
+
+def test_v3_begins_with_the_23_numbers_of_the_host():
+    def scaled(loss):
+        return float(np.log1p(loss) / 7)
+
+    expected = [4 / 20, scaled(1.0), 0.5]
+    expected += [-1, -1, scaled(1.5), scaled(1.25), scaled(1.0), -1, -1, 0.3, 0.45, 0.5]
+    expected += [1 / 3, 0, 1 / 3, 1, 0, 0, 1, 0, 0, 0]
+    np.testing.assert_allclose(encode(V3)[:23], expected, rtol=1e-5)
+
+
+def test_v3_marks_that_no_op_came_before():
+    np.testing.assert_array_equal(encode(V3, last_op=-1)[17:23], [0, 0, 0, 0, 0, 1])
+
+
+def test_v3_has_31_numbers_per_slot_for_a_held_seed():
+    one_hot = [0, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    expected = [1, *one_hot, 1.0, 0.4, -0.2, 5 / 12, 1, 0, 5 / 20, 5 / 20, 0, 0, 0.5, 0]
+    expected += [0, 0, 0, 0, -1, 2 / 20, 0.995**2, 10 / 20]
+    np.testing.assert_allclose(encode(V3)[23:54], expected, rtol=1e-5)
+
+
+def test_v3_has_31_numbers_per_slot_for_a_training_seed_that_was_never_probed():
+    one_hot = [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]
+    expected = [1, *one_hot, 0, 0, 0, 12 / 12, 0, 0, 0, 0, 0, 0, 0, 0]
+    expected += [np.log1p(0.5) / 7, 0.75, 1, 0, -1, 3 / 20, -1, 3 / 20]
+    np.testing.assert_allclose(encode(V3)[54:85], expected, rtol=1e-5)
+
+
+def test_v3_is_zero_for_an_empty_slot_and_ends_with_the_blueprints():
+    np.testing.assert_array_equal(encode(V3)[85:116], 0)
+    assert encode(V3)[116:].tolist() == [6, 1, -1]
+
+
+def test_v3_shows_a_blend_on_its_way():
+    found = named(V3, s1_stage=Stage.BLENDING, s1_blending_velocity=0.25)
+    assert found["s1_alpha_mode"] == 0.5
+    assert found["s1_steps_total"] == pytest.approx(12 / 20)
+    assert found["s1_steps_done"] == pytest.approx(3 / 20)
+    assert found["s1_time_to_target"] == pytest.approx(9 / 20)
+    assert found["s1_alpha_velocity"] == 0.25
+    assert found["share_blending"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(NAN, 0.0), (50.0, 1.0), (-50.0, -1.0)])
+def test_v3_clips_the_counterfactual_and_hides_a_missing_one(value, shown):
+    assert named(V3, s0_removal_cost=value)["s0_counterfactual"] == shown
+
+
+def test_v4_tells_unmeasured_from_zero():
+    unknown, zero = named(V4, s1_seed_improvement=NAN), named(V4, s1_seed_improvement=0.0)
+    assert unknown["s1_seed_improvement"] == zero["s1_seed_improvement"] == 0
+    assert (unknown["s1_seed_improvement_known"], zero["s1_seed_improvement_known"]) == (0, 1)
+    for name in ("train_loss_drop", "val_loss_drop", "removal_cost", "improvement_since_stage", "weight_norm"):
+        column = f"s1_{name}"
+        assert named(V4, **{column: NAN})[f"{column}_known"] == 0
+        assert named(V4, **{column: 0.1})[f"{column}_known"] == 1
+
+
+def test_v4_shows_an_absent_slot_as_zeros():
+    found = encode(V4)
+    absent = found[NUM_GLOBAL_V4 + 3 * NUM_SLOT_V4 :]
+    np.testing.assert_array_equal(absent, 0)
+    assert found[NUM_GLOBAL_V4] == 1
+    assert V4.names[NUM_GLOBAL_V4] == "s0_present"
+
+
+def test_v4_shows_caps_and_budget():
+    found = named(V4)
+    assert found["global_seeds_left"] == pytest.approx(1 / 6)
+    assert found["global_fossils_left"] == pytest.approx(2 / 6)
+    assert (found["global_budget_known"], found["global_budget_left"]) == (0, 0)
+    rich = named(V4, param_budget=3000)
+    assert (rich["global_budget_known"], rich["global_budget_left"]) == (1, pytest.approx(0.2))
+    assert found["global_growth"] == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("view", [V1, V3, V4], ids=lambda view: view.name)
+@pytest.mark.parametrize("value", [NAN, float("inf"), 0.0])
+def test_only_finite_numbers_leave_a_view(view, value):
+    odd = {name: np.full(2, value, dtype=np.float32) for name in FEATURE_COLUMNS}
+    with np.errstate(all="ignore"):
+        assert np.isfinite(view.encode(odd, np.array([0, 3]))).all()
+
+
+@pytest.mark.parametrize("view", [V1, V3, V4], ids=lambda view: view.name)
+def test_every_single_unmeasured_column_leaves_a_view_finite(view):
+    for name in FEATURE_COLUMNS:
+        encode(view, **{name: NAN})
+
+
+def test_rows_are_encoded_alone():
+    one, two = columns(), columns(val_accuracy=0.1, s1_stage=Stage.BLENDING)
+    both = {name: np.concatenate([one[name], two[name]]) for name in one}
+    for view in (V1, V3, V4):
+        stacked = view.encode(both, np.array([4, 4]))
+        np.testing.assert_array_equal(stacked, np.concatenate([view.encode(one, STEP), view.encode(two, STEP)]))
+
+
+def test_an_unknown_view_names_the_known_ones():
+    with pytest.raises(UnknownNameError, match="observation view"):
+        get_view("v5")
+    assert get_view("v4") is V4
+
+
+def test_symlog_is_odd_and_logarithmic():
+    np.testing.assert_allclose(symlog(np.array([-1.0, 0.0, 1.0])), [-np.log(2), 0, np.log(2)])
+
+
+def test_the_registry_names_every_column_once():
+    assert len(set(FEATURE_COLUMNS)) == len(FEATURE_COLUMNS)
+    assert len(FEATURE_BY_NAME) == len(FEATURES), "a global and a slot feature share a name"
