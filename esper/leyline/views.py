@@ -216,7 +216,8 @@ def _slot_v3(columns: Columns, slot: int) -> Named:
 
 def _build_v3(num_slots: int) -> Callable[[Columns, NDArray[np.integer]], Named]:
     def build(columns: Columns, step_N: NDArray[np.integer]) -> Named:
-        most = int(columns["num_slots"].max(initial=0))
+        known = columns["num_slots"][np.isfinite(columns["num_slots"])]
+        most = int(known.max(initial=0))
         if most > num_slots:
             raise SpecError(
                 f"view v3 holds {num_slots} slots, the host has {most}\n  use view v4, which holds {MAX_SLOTS}"

@@ -27,7 +27,6 @@ from esper.leyline.actions import (
     slot_slice,
 )
 from esper.leyline.controller_specs import Heuristic
-from esper.leyline.errors import SpecError
 from esper.leyline.protocols import ActInputs, Carry, Decision, EpisodeStart
 from esper.leyline.stages import LIVE_STAGES, Stage
 from esper.leyline.tree import Floats
@@ -61,8 +60,6 @@ class HeuristicController:
     """
 
     def __init__(self, spec: Heuristic) -> None:
-        if not spec.blueprints:
-            raise SpecError(f"heuristic {spec.name!r} has no blueprints\n  expected: at least one in the rotation")
         self.name: str = spec.name
         self.spec = spec
         self._ranks = _rotation_ranks([CNN_BLUEPRINTS.index(blueprint) for blueprint in spec.blueprints])

@@ -233,8 +233,8 @@ def test_a_rows_decision_does_not_depend_on_its_neighbours():
 
 
 def test_a_heuristic_without_blueprints_is_refused():
-    with pytest.raises(SpecError, match="no blueprints"):
-        build_controller(Heuristic(name="bare", blueprints=()))
+    with pytest.raises(SpecError, match="blueprints"):
+        Heuristic.parse({"name": "bare", "blueprints": []})
 
 
 @pytest.mark.parametrize("name", sorted(ELEVEN_BEHAVIOURS))
