@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/esper pipeline --matrix demo --store $(STORE) --workers $(JOBS)
+	$(BIN)/esper pipeline demo --store $(STORE) --workers $(JOBS)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(JOBS) tests

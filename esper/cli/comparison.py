@@ -1,0 +1,37 @@
+"""The comparison on the terminal: one table per environment."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from esper.leyline.comparison import Evaluation
+
+
+def print_comparison(evaluation: Evaluation) -> None:
+    """Print each environment's arms, what the learned ones amount to, and the run's controls."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from esper.karn.comparison_table import HEADINGS, comparison_table, environments, findings, title
+
+    console = Console(width=max(150, shutil.get_terminal_size((170, 40)).columns), highlight=False)
+    for environment in environments(evaluation):
+        table = Table(title=escape(title(evaluation, environment)), title_justify="left", padding=(0, 1))
+        for heading in HEADINGS:
+            table.add_column(heading, justify="left" if heading == HEADINGS[0] else "right")
+        for row in comparison_table(evaluation, environment):
+            table.add_row(*(escape(cell) for cell in row))
+        console.print(table)
+        for line in findings(evaluation, environment):
+            console.print(f"  {escape(line)}", soft_wrap=True)
+        console.print()
+    for control in evaluation.controls:
+        word = "passed" if control.passed else "FAILED"
+        console.print(
+            f"control {word}: {control.environment}: {escape(control.name)} = {control.value:.2f} "
+            f"(expected {control.low:g} to {control.high:g})",
+            soft_wrap=True,
+        )

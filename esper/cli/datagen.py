@@ -1,0 +1,110 @@
+"""`esper datagen`: generate the episodes of a matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from esper.cli.launch import default_workers, launch
+
+if TYPE_CHECKING:
+    from flows.datagen import DatagenRequest, Generated
+    from flows.planning import Estimate, Selection
+
+FAILED_QUERY = "select environment, env_seed, error from episodes where outcome = 'failed'"
+
+
+def datagen(
+    *,
+    matrix: str,
+    store: str | None = None,
+    dataset: str | None = None,
+    workers: int | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    env_ids: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    policy_ids: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    epsilons: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
+    max_epochs: int | None = None,
+    retry_failed: Annotated[bool, Parameter(negative="")] = False,
+    no_prefect: Annotated[bool, Parameter(negative="")] = False,
+    run_name: str | None = None,
+) -> None:
+    """Generate the episodes of a matrix and seal them as a version.
+
+    What the store holds already is not run again, so the same command goes on after an interruption.
+
+    Args:
+        matrix: Name of a matrix, or a TOML file.
+        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
+        dataset: Name of the dataset (default: the matrix's name).
+        workers: Worker processes (default: one per core); 0 runs in this process.
+        dry_run: Print what would run and what it costs; run nothing.
+        env_ids: Only these environments of the matrix.
+        policy_ids: Only these behaviours (`schedule-sampler` for the explorers).
+        epsilons: These epsilons instead of the matrix's.
+        max_epochs: Shorten the horizon (another environment id: for trying out).
+        retry_failed: Run episodes again that are stored as failed.
+        no_prefect: Run in process, without a Prefect server.
+        run_name: Name of the run's folder (default: command and time).
+    """
+    from flows.datagen import DatagenRequest, estimate_datagen, run_datagen
+
+    request = DatagenRequest.parse(
+        {
+            "matrix": matrix,
+            "store": store,
+            "dataset": dataset,
+            "workers": default_workers() if workers is None else workers,
+            "selection": _selection(env_ids, policy_ids, epsilons, max_epochs),
+            "retry_failed": retry_failed,
+            "run_name": run_name,
+        },
+        "esper datagen",
+    )
+    if dry_run:
+        _print_estimate(request, estimate_datagen(request))
+        return
+    _print_generated(launch("datagen", request, run_datagen, prefect=not no_prefect))
+
+
+def _selection(
+    env_ids: list[str] | None, policy_ids: list[str] | None, epsilons: list[float] | None, max_epochs: int | None
+) -> Selection | None:
+    from flows.planning import Selection
+
+    if all(given is None for given in (env_ids, policy_ids, epsilons, max_epochs)):
+        return None
+    return Selection.parse(
+        {"environments": env_ids, "behaviours": policy_ids, "epsilons": epsilons, "max_epochs": max_epochs},
+        "esper datagen",
+    )
+
+
+def _print_estimate(request: DatagenRequest, estimate: Estimate) -> None:
+    ratio = estimate.measured_ratio
+    print(f"episodes                           {estimate.episodes:>10,}")
+    print(f"cohorts                            {estimate.cohorts:>10,}")
+    print(f"host epochs, each episode alone    {estimate.alone_epochs:>10,}")
+    print(f"host epochs at the least (trunks)  {estimate.least_epochs:>10,}")
+    print(f"alone / computed, newest run       {f'{ratio:.2f}' if ratio else 'not run yet':>10}")
+    if ratio:
+        print(f"host epochs at that ratio          {round(estimate.alone_epochs / ratio):>10,}")
+    print(f"nothing was run; to run it: esper datagen --matrix {request.matrix}")
+
+
+def _print_generated(result: Generated) -> None:
+    version = result.version
+    print(f"dataset    {version.ref}   digest {version.manifest.digest[:16]}")
+    print(f"episodes   {result.new_episodes:,} new, {result.failed_episodes:,} failed")
+    if result.ratio is not None:
+        print(
+            f"epochs     {result.alone_epochs:,} if each episode ran alone, {result.computed_epochs:,} computed: "
+            f"ratio {result.ratio:.2f}"
+        )
+    if not result.sealed:
+        print("everything planned was there already; no new version was sealed")
+    if result.failed_episodes:
+        print(f'failed     their rows say why: esper sql "{FAILED_QUERY}" --dataset {version.ref}')
+        print("           --retry-failed runs them again")
+    print(f"next: esper health {version.ref}")

@@ -1,0 +1,165 @@
+"""`esper train`: offline learners, and PPO from one of their checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from esper.cli.launch import default_workers, launch
+
+if TYPE_CHECKING:
+    from esper.leyline.controller_specs import LearnedPolicy
+
+train = App(
+    name="train",
+    help="Train a controller; the checkpoint is safetensors and JSON in the run's folder.",
+    result_action="return_value",
+)
+
+Flag = Annotated[bool, Parameter(negative="")]
+
+
+@train.command
+def bc(
+    dataset: str,
+    /,
+    *,
+    seed: int = 0,
+    name: str | None = None,
+    allow_unchecked: Flag = False,
+    store: str | None = None,
+    no_prefect: Flag = False,
+    run_name: str | None = None,
+) -> None:
+    """Behaviour cloning: imitate the actions of a sealed version.
+
+    Args:
+        dataset: NAME or NAME@n.
+        seed: Training seed.
+        name: The policy's name (default: the algorithm's).
+        allow_unchecked: Train without a verdict or against it; the checkpoint records it.
+        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
+        no_prefect: Run in process, without a Prefect server.
+        run_name: Name of the run's folder (default: command and time).
+    """
+    _offline("bc", locals())
+
+
+@train.command
+def iql(
+    dataset: str,
+    /,
+    *,
+    seed: int = 0,
+    name: str | None = None,
+    allow_unchecked: Flag = False,
+    store: str | None = None,
+    no_prefect: Flag = False,
+    run_name: str | None = None,
+) -> None:
+    """Implicit Q-learning: expectile values, then an advantage-weighted policy.
+
+    Args:
+        dataset: NAME or NAME@n.
+        seed: Training seed.
+        name: The policy's name (default: the algorithm's).
+        allow_unchecked: Train without a verdict or against it; the checkpoint records it.
+        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
+        no_prefect: Run in process, without a Prefect server.
+        run_name: Name of the run's folder (default: command and time).
+    """
+    _offline("iql", locals())
+
+
+@train.command
+def cql(
+    dataset: str,
+    /,
+    *,
+    seed: int = 0,
+    name: str | None = None,
+    allow_unchecked: Flag = False,
+    store: str | None = None,
+    no_prefect: Flag = False,
+    run_name: str | None = None,
+) -> None:
+    """Conservative Q-learning.
+
+    Args:
+        dataset: NAME or NAME@n.
+        seed: Training seed.
+        name: The policy's name (default: the algorithm's).
+        allow_unchecked: Train without a verdict or against it; the checkpoint records it.
+        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
+        no_prefect: Run in process, without a Prefect server.
+        run_name: Name of the run's folder (default: command and time).
+    """
+    _offline("cql", locals())
+
+
+def _offline(algorithm: str, given: dict[str, Any]) -> None:
+    from flows.training import TrainRequest, run_training
+
+    prefect = not given.pop("no_prefect")
+    request = TrainRequest.parse({"algorithm": algorithm, **given}, f"esper train {algorithm}")
+    _print_policy(launch(f"train-{algorithm}", request, run_training, prefect=prefect), request.dataset)
+
+
+@train.command
+def ppo(
+    *,
+    start: Annotated[str, Parameter(name="--from")],
+    dataset: str | None = None,
+    updates: int | None = None,
+    episodes_per_update: int | None = None,
+    env_seeds_per_update: int | None = None,
+    seed: int = 0,
+    name: str = "ppo",
+    store: str | None = None,
+    workers: int | None = None,
+    no_prefect: Flag = False,
+    run_name: str | None = None,
+) -> None:
+    """Fine-tune a checkpoint with PPO on live episodes, which join the dataset with role `online`.
+
+    Args:
+        start: Folder of the checkpoint to start from.
+        dataset: NAME or NAME@n whose environments are used (default: the checkpoint's).
+        updates: Policy updates.
+        episodes_per_update: Episodes for each.
+        env_seeds_per_update: Environment seeds for each.
+        seed: Training seed.
+        name: The policy's name.
+        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
+        workers: Worker processes (default: one per core); 0 runs in this process.
+        no_prefect: Run in process, without a Prefect server.
+        run_name: Name of the run's folder (default: command and time).
+    """
+    from flows.training import PpoRequest, run_ppo
+
+    sizes = {
+        "updates": updates,
+        "episodes_per_update": episodes_per_update,
+        "env_seeds_per_update": env_seeds_per_update,
+    }
+    request = PpoRequest.parse(
+        {
+            "start": start,
+            "dataset": dataset,
+            "seed": seed,
+            "name": name,
+            "settings": {key: value for key, value in sizes.items() if value is not None},
+            "store": store,
+            "workers": default_workers() if workers is None else workers,
+            "run_name": run_name,
+        },
+        "esper train ppo",
+    )
+    _print_policy(launch("train-ppo", request, run_ppo, prefect=not no_prefect), dataset)
+
+
+def _print_policy(policy: LearnedPolicy, dataset: str | None) -> None:
+    print(f"policy      {policy.name}   digest {policy.digest[:16]}")
+    print(f"checkpoint  {policy.path}")
+    print(f"next: esper evaluate {dataset or 'NAME'} --policy {policy.path}")

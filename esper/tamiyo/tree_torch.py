@@ -1,0 +1,256 @@
+"""Exact operations on the action tree in torch: the twins of `esper.leyline.tree` that a gradient can pass.
+
+All take flat tensors of TREE_WIDTH entries and work on three blocks, so that no operation loops over choices. The
+alternatives of a choice lie along dimension 1 (a softmax over a short last dimension is ten times slower):
+
+    op [N, 5] | slot, by op [N, 6, 4] | value of a lever, padded to the widest, by slot and lever [N, 8, 6, 6]
+
+Masked entries are filled with a large finite number before anything is computed, so that a group with every choice
+masked has a gradient of exactly 0, never NaN. Shape suffixes as in `esper.leyline.actions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from esper.leyline.actions import (
+    LEVER_OFFSETS,
+    LEVER_SIZES,
+    LEVER_START,
+    LEVERS,
+    MAX_SLOTS,
+    NUM_LEVER_CHOICES,
+    NUM_OPS,
+    OP_SLICE,
+    SLOT_START,
+    TREE_WIDTH,
+    Op,
+    lever_slice,
+)
+from esper.leyline.errors import MaskError
+
+MASKED = -1e30
+"""Stands for minus infinity inside: sums of seven of them stay finite in float32, and their exp is exactly 0."""
+
+_WIDEST = max(LEVER_SIZES)
+_GERMINATE = int(Op.GERMINATE) - 1
+_LEVER_OFFSETS = torch.tensor(LEVER_OFFSETS)
+
+
+def _lever_indices() -> tuple[Tensor, Tensor]:
+    """Return the flat entry of each place of the lever block (TREE_WIDTH: padding), and the place of each entry."""
+    block = torch.full((_WIDEST, MAX_SLOTS, len(LEVERS)), TREE_WIDTH)
+    for slot in range(MAX_SLOTS):
+        for lever, size in enumerate(LEVER_SIZES):
+            part = lever_slice(slot, lever)
+            block[:size, slot, lever] = torch.arange(part.start, part.stop)
+    flat = block.flatten()
+    return flat, flat.argsort()[: MAX_SLOTS * NUM_LEVER_CHOICES]
+
+
+_PAD, _UNPAD = _lever_indices()
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Parts(NamedTuple):
+    """The three blocks of a flat tensor."""
+
+    op: Tensor
+    slot: Tensor
+    lever: Tensor
+
+
+def check_some(mask_NT: Tensor) -> None:
+    """Raise MaskError unless every row has TREE_WIDTH entries and allows an op."""
+    if mask_NT.ndim != 2 or mask_NT.shape[1] != TREE_WIDTH:
+        raise MaskError(f"mask has shape {tuple(mask_NT.shape)}\n  expected: [N, {TREE_WIDTH}]")
+    live = mask_NT[:, OP_SLICE].any(dim=1)
+    if not bool(live.all()):
+        row = int(torch.nonzero(~live)[0])
+        raise MaskError(f"row {row} of the mask allows no action\n  expected: WAIT is always valid")
+
+
+def split(values_NT: Tensor, pad: float) -> Parts:
+    """Return the blocks of flat entries; the padding of the levers is `pad`."""
+    num = len(values_NT)
+    padded = nn.functional.pad(values_NT, (0, 1), value=pad)
+    return Parts(
+        values_NT[:, OP_SLICE],
+        values_NT[:, SLOT_START:LEVER_START].reshape(num, NUM_OPS - 1, MAX_SLOTS).transpose(1, 2),
+        padded.index_select(1, _PAD).reshape(num, _WIDEST, MAX_SLOTS, len(LEVERS)),
+    )
+
+
+def join(parts: Parts) -> Tensor:
+    """Return the flat entries of three blocks: the inverse of `split`."""
+    lever = parts.lever.flatten(1).index_select(1, _UNPAD)
+    return torch.cat([parts.op, parts.slot.transpose(1, 2).flatten(1), lever], dim=1)
+
+
+def _masked(values_NT: Tensor, mask_NT: Tensor) -> Parts:
+    check_some(mask_NT)
+    return split(values_NT.masked_fill(~mask_NT, MASKED), MASKED)
+
+
+def _zeroed(values_NT: Tensor, mask_NT: Tensor) -> Parts:
+    return split(values_NT.masked_fill(~mask_NT, 0.0), 0.0)
+
+
+def _under(slot_NSO: Tensor, germinate_NS: Tensor) -> Tensor:
+    """Add what lies below a slot choice, which only GERMINATE has."""
+    return slot_NSO + nn.functional.pad(germinate_NS.unsqueeze(2), (0, NUM_OPS - 2))
+
+
+def _below_op(op_NO: Tensor, slots_N4: Tensor) -> Tensor:
+    """Add what lies below an op, which WAIT does not have."""
+    return op_NO + nn.functional.pad(slots_N4, (1, 0))
+
+
+def log_softmax(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return masked log-probabilities of each choice within its group, [N, T]; -inf where masked.
+
+    Raises:
+        MaskError: A row allows no action.
+    """
+    parts = _masked(logits_NT, mask_NT)
+    flat = join(Parts(*(torch.log_softmax(part, dim=1) for part in parts)))
+    return flat.masked_fill(~mask_NT, -torch.inf)
+
+
+def entries_of(actions_NA: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entries that canonical actions pass, int64 [N, 8], and which of them they read, bool [N, 8]."""
+    act = actions_NA.long()
+    op, slot = act[:, :1], act[:, 1:2]
+    acts = op != Op.WAIT
+    germinates = (op == Op.GERMINATE).expand(-1, len(LEVERS))
+    slot_entry = SLOT_START + (op - 1) * MAX_SLOTS + slot
+    lever_entry = LEVER_START + slot * NUM_LEVER_CHOICES + _LEVER_OFFSETS + act[:, 2:]
+    read = torch.cat([torch.ones_like(acts), acts, germinates], dim=1)
+    return torch.cat([op, slot_entry, lever_entry], dim=1).masked_fill(~read, 0), read
+
+
+def path_sum(values_NT: Tensor, actions_NA: Tensor) -> Tensor:
+    """Return the sum of the entries that each canonical action passes, [N]: Q(s, a), or log pi(a) of log-probabilities.
+
+    A log-probability of an action that is not valid is -inf.
+    """
+    entries, read = entries_of(actions_NA)
+    return values_NT.gather(1, entries).masked_fill(~read, 0.0).sum(dim=1)
+
+
+def log_prob(logp_NT: Tensor, actions_NA: Tensor) -> Tensor:
+    """Return log pi(a) of canonical actions, [N], from the output of `log_softmax`."""
+    return path_sum(logp_NT, actions_NA)
+
+
+def reduce_tree(values_NT: Tensor, mask_NT: Tensor, reduce: Reduce) -> Tensor:
+    """Return the reduction of additive leaf values over the valid leaves, [N]; `reduce` takes dimension 1."""
+    op, slot, lever = _masked(values_NT, mask_NT)
+    slot = _under(slot, reduce(lever).sum(dim=-1))
+    return reduce(_below_op(op, reduce(slot)))
+
+
+def maximum(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return max over valid actions of the additive value, [N]."""
+    return reduce_tree(values_NT, mask_NT, lambda part: part.amax(dim=1))
+
+
+def logsumexp(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return logsumexp over valid actions of the additive value, [N]."""
+    return reduce_tree(values_NT, mask_NT, lambda part: part.logsumexp(dim=1))
+
+
+def best_below(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return for each entry the greatest additive value among the valid leaves at or below it, [N, T].
+
+    Read as logits they make choosing step by step the same as choosing the best leaf, which raw entries do not.
+    """
+    op, slot, lever = _masked(values_NT, mask_NT)
+    slot = _under(slot, lever.amax(dim=1).sum(dim=-1))
+    flat = join(Parts(_below_op(op, slot.amax(dim=1)), slot, lever))
+    return flat.masked_fill(~mask_NT, 0.0)
+
+
+def greedy(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return the action of the most probable op, then slot, then each lever, int8 [N, A].
+
+    This is not the most probable leaf: a germination divides its probability among thousands of leaves, WAIT has one.
+    """
+    op, slot, lever = _masked(logits_NT, mask_NT)
+    return _assemble(op.argmax(dim=1), slot.argmax(dim=1), lever.argmax(dim=1))
+
+
+def argmax(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return the valid action with the greatest additive value, int8 [N, A]."""
+    return greedy(best_below(values_NT, mask_NT), mask_NT)
+
+
+def sample(logp_NT: Tensor, mask_NT: Tensor, uniforms_NA: Tensor) -> Tensor:
+    """Return actions drawn by inverse CDF, int8 [N, A]; one uniform in [0, 1) per column of the action."""
+    probs = [part.exp() for part in _masked(logp_NT, mask_NT)]
+    valid = _zeroed(mask_NT.to(logp_NT.dtype), mask_NT)
+    draws = (uniforms_NA[:, :1], uniforms_NA[:, 1, None, None], uniforms_NA[:, None, None, 2:])
+    return _assemble(*(_draw(p, v > 0, u) for p, v, u in zip(probs, valid, draws)))
+
+
+def _draw(probs: Tensor, valid: Tensor, uniforms: Tensor) -> Tensor:
+    cumulative = probs.cumsum(dim=1)
+    index = (uniforms * cumulative[:, -1:] >= cumulative).sum(dim=1)
+    last = valid.shape[1] - 1 - valid.flip(1).to(torch.int8).argmax(dim=1)
+    return torch.minimum(index, last)
+
+
+def _assemble(op_N: Tensor, slot_NO: Tensor, lever_NSL: Tensor) -> Tensor:
+    """Return the canonical actions of one chosen op, one slot for each op and the levers of each slot."""
+    acts = op_N != Op.WAIT
+    slot_N = slot_NO.gather(1, (op_N - 1).clamp(min=0).unsqueeze(1)).squeeze(1) * acts
+    rows = torch.arange(len(op_N))
+    levers = lever_NSL[rows, slot_N] * (op_N == Op.GERMINATE).unsqueeze(1)
+    return torch.cat([op_N.unsqueeze(1), slot_N.unsqueeze(1), levers], dim=1).to(torch.int8)
+
+
+def expectation(logp_NT: Tensor, values_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return E_pi of additive leaf values, [N]."""
+    probs = [part.exp() for part in _masked(logp_NT, mask_NT)]
+    op, slot, lever = _zeroed(values_NT, mask_NT)
+    slot = _under(slot, (probs[2] * lever).sum(dim=(1, 3)))
+    return (probs[0] * _below_op(op, (probs[1] * slot).sum(dim=1))).sum(dim=1)
+
+
+def entropy(logp_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return the joint entropy in nats, [N]."""
+    return -expectation(logp_NT, logp_NT, mask_NT)
+
+
+def kl_divergence(logp_NT: Tensor, other_logp_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return KL(pi || other), [N] (chain rule, exact)."""
+    masked = ~mask_NT
+    difference = logp_NT.masked_fill(masked, 0.0) - other_logp_NT.masked_fill(masked, 0.0)
+    return expectation(logp_NT, difference, mask_NT)
+
+
+def normalised_entropy(logp_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return the entropy of each choice over log(number of valid values), weighted by how likely it is met, [N].
+
+    The levers of a germination count as one choice (their mean). The weights carry no gradient: a bonus on this spreads
+    every choice and does not reward meeting more of them. In [0, 3]; 0 for a choice with one valid value.
+    """
+    logp = _masked(logp_NT, mask_NT)
+    valid = _zeroed(mask_NT.to(logp_NT.dtype), mask_NT)
+    ratios = [_entropy_ratio(p, v) for p, v in zip(logp, valid)]
+    reach_op = logp.op.exp().detach()[:, 1:]
+    reach_slot = logp.slot.exp().detach()[:, :, _GERMINATE]
+    levers = (reach_slot * ratios[2].mean(dim=-1)).sum(dim=-1)
+    slots = (reach_op * ratios[1]).sum(dim=-1)
+    return ratios[0] + slots + reach_op[:, _GERMINATE] * levers
+
+
+def _entropy_ratio(logp: Tensor, valid: Tensor) -> Tensor:
+    num = valid.sum(dim=1)
+    terms = -(logp.exp() * logp.masked_fill(valid == 0, 0.0)).sum(dim=1)
+    return torch.where(num > 1, terms / num.clamp(min=2).log(), torch.zeros_like(terms))

@@ -1,0 +1,197 @@
+"""Data generation: matrix, cohorts, commits, a sealed version. What the store holds already is never run again."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from pydantic import JsonValue
+
+from esper.karn.store import Dataset, open_store
+from esper.karn.versions import Version
+from esper.leyline.errors import IntegrityError, StoreError
+from esper.leyline.events import EventKind
+from esper.leyline.matrix import CohortPlan, MatrixSpec
+from flows.context import Context, RunOptions, cohort_name, open_context
+from flows.failures import failed_tables
+from flows.orchestration import Orchestrator, Unit
+from flows.planning import Estimate, Selection, computed_epochs, epochs_per_episode, estimate, plan_matrix, remaining
+from flows.provenance import provenance
+
+
+class DatagenRequest(RunOptions):
+    """Generate the episodes of a matrix into a dataset (by default named after the matrix)."""
+
+    matrix: str
+    dataset: str | None = None
+    selection: Selection | None = None
+    retry_failed: bool = False
+
+    def check(self) -> None:
+        """Raise where the matrix, the selection or the dataset's name is wrong."""
+        matrix, _ = plan_matrix(self.matrix, self.selection)
+        open_store(self.store).dataset(self.dataset or matrix.name)
+
+
+@dataclass(frozen=True)
+class CohortDone:
+    """One cohort's part in the measured cost."""
+
+    episodes: int
+    alone_epochs: int
+    computed_epochs: int
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a data generation did.
+
+    Attributes:
+        version: The sealed version that holds every planned episode.
+        sealed: Whether it was sealed by this run.
+        new_episodes: Episodes that this run computed and stored, failed ones not counted.
+        failed_episodes: Episodes that were stored as failed.
+        alone_epochs: Host epochs of the new episodes if each had run alone.
+        computed_epochs: Host epochs that were computed.
+    """
+
+    version: Version
+    sealed: bool
+    new_episodes: int
+    failed_episodes: int
+    alone_epochs: int
+    computed_epochs: int
+
+    @property
+    def ratio(self) -> float | None:
+        """Host epochs alone over computed, None where nothing was computed."""
+        return self.alone_epochs / self.computed_epochs if self.computed_epochs else None
+
+
+def estimate_datagen(request: DatagenRequest) -> Estimate:
+    """Return what the request costs, running nothing and writing nothing."""
+    matrix, plans = plan_matrix(request.matrix, request.selection)
+    return estimate(plans, open_store(request.store).dataset(request.dataset or matrix.name))
+
+
+def run_datagen(request: DatagenRequest, orchestrator: Orchestrator) -> Generated:
+    """Carry out a request; what is stored already is left out.
+
+    Raises:
+        SpecError: The matrix or the selection is wrong.
+        StoreError: The store cannot be written.
+    """
+    matrix, plans = plan_matrix(request.matrix, request.selection)
+    dataset = request.dataset or matrix.name
+    with open_context(request, dataset, "datagen", orchestrator, events={"matrix": matrix.name}) as context:
+        return generate(context, matrix, plans, retry_failed=request.retry_failed)
+
+
+def generate(
+    context: Context, matrix: MatrixSpec, plans: Sequence[CohortPlan], *, retry_failed: bool = False
+) -> Generated:
+    """Run the cohorts that are not stored yet, commit each as it ends, and seal a version that holds them all.
+
+    A cohort is tried twice; then its episodes are stored as failed, with the error, and the rest goes on.
+    """
+    todo = remaining(plans, context.dataset.episode_ids(failed=not retry_failed))
+    done: list[CohortDone] = []
+    failed = 0
+    with _explain_interrupt(context, todo, done):
+        for index, outcome in _run_cohorts(context, todo):
+            if isinstance(outcome, StoreError | IntegrityError):
+                raise outcome
+            if isinstance(outcome, Exception):
+                failed += _record_failure(context, todo[index], outcome)
+            else:
+                done.append(outcome)
+    alone = sum(item.alone_epochs for item in done)
+    computed = sum(item.computed_epochs for item in done)
+    measured: dict[str, JsonValue] = {
+        "alone": alone,
+        "computed": computed,
+        "least": sum(epochs_per_episode(plan) for plan in todo),
+        "ratio": alone / computed if computed else None,
+    }
+    before = context.dataset.version_numbers()
+    version = None if todo else latest_with(context.dataset, plans)
+    if version is None:
+        version = context.dataset.seal(matrix_id=matrix.spec_id, provenance=provenance(matrix, plans, measured))
+    sealed = version.number not in before
+    return Generated(version, sealed, sum(item.episodes for item in done), failed, alone, computed)
+
+
+def latest_with(dataset: Dataset, plans: Sequence[CohortPlan]) -> Version | None:
+    """Return the newest version if it holds every planned episode."""
+    versions = dataset.versions()
+    if not versions:
+        return None
+    held = set(versions[-1].table("episodes", columns=["episode_id"])["episode_id"].to_pylist())
+    planned = {name for plan in plans for name in plan.episode_ids()}
+    return versions[-1] if planned <= held else None
+
+
+def _run_cohorts(context: Context, todo: Sequence[CohortPlan]) -> Iterator[tuple[int, CohortDone | Exception]]:
+    context.progress.begin("cohorts", len(todo))
+    units = [Unit("cohort", cohort_name(plan), partial(_run_cohort, context, plan), retries=1) for plan in todo]
+    for index, outcome in context.orchestrator.units(units):
+        failed = isinstance(outcome, Exception)
+        context.progress.advance("cohorts", f"{cohort_name(todo[index])}{' failed' if failed else ''}")
+        yield index, outcome
+
+
+def _run_cohort(context: Context, plan: CohortPlan) -> CohortDone:
+    """Run one cohort on a worker and commit it from here: one process writes the tables."""
+    context.events.emit(
+        EventKind.COHORT_STARTED,
+        {"environment": plan.environment.name, "replicate": plan.replicate, "episodes": len(plan.episodes)},
+    )
+    started = time.monotonic()
+    tables = context.pool.submit(plan).result()
+    context.commit(tables)
+    done = CohortDone(
+        episodes=len(plan.episodes),
+        alone_epochs=len(plan.episodes) * epochs_per_episode(plan),
+        computed_epochs=computed_epochs(plan, tables["steps"]),
+    )
+    context.events.emit(
+        EventKind.COHORT_ENDED,
+        {
+            "environment": plan.environment.name,
+            "replicate": plan.replicate,
+            "episodes": done.episodes,
+            "host_epochs_alone": done.alone_epochs,
+            "host_epochs_computed": done.computed_epochs,
+            "wall_s": time.monotonic() - started,
+        },
+    )
+    return done
+
+
+def _record_failure(context: Context, plan: CohortPlan, error: Exception) -> int:
+    context.commit(failed_tables(plan, error))
+    context.events.emit(
+        EventKind.COHORT_FAILED,
+        {
+            "environment": plan.environment.name,
+            "replicate": plan.replicate,
+            "error": str(error),
+            "trace": "".join(getattr(error, "__notes__", [])),
+        },
+    )
+    return len(plan.episodes)
+
+
+@contextlib.contextmanager
+def _explain_interrupt(context: Context, todo: Sequence[CohortPlan], done: Sequence[CohortDone]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        interrupt.add_note(
+            f"interrupted: {len(done)} of {len(todo)} cohorts are stored in {context.dataset.path}; "
+            "the same command goes on with the rest"
+        )
+        raise

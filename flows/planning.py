@@ -1,0 +1,143 @@
+"""From a matrix to the cohorts that remain to be run, and what they cost: alone, shared, and at the least."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Annotated
+
+import pyarrow as pa
+from pydantic import Field
+
+from esper.karn.store import Dataset
+from esper.leyline.controller_specs import behaviour
+from esper.leyline.errors import SpecError, unknown_name
+from esper.leyline.identity import root_host_key
+from esper.leyline.library import load
+from esper.leyline.matrix import CohortPlan, MatrixSpec
+from esper.leyline.plans import expand
+from esper.leyline.spec_base import Spec
+
+
+class Selection(Spec):
+    """A part of a matrix; None leaves everything in."""
+
+    environments: tuple[str, ...] | None = None
+    behaviours: tuple[str, ...] | None = None
+    epsilons: tuple[float, ...] | None = None
+    max_epochs: Annotated[int, Field(ge=1)] | None = None
+
+
+class Estimate(Spec):
+    """Host epochs of a plan.
+
+    Attributes:
+        episodes: Episodes planned.
+        cohorts: Cohorts they run in.
+        alone_epochs: Host epochs if each episode ran alone, warm starts included.
+        least_epochs: Host epochs of the trunks alone; nothing can be cheaper.
+        measured_ratio: Epochs alone over epochs computed in the newest run of the dataset, None before the first.
+    """
+
+    episodes: int
+    cohorts: int
+    alone_epochs: int
+    least_epochs: int
+    measured_ratio: float | None
+
+
+def plan_matrix(name: str, selection: Selection | None = None) -> tuple[MatrixSpec, list[CohortPlan]]:
+    """Return a matrix, by name or TOML path, cut down to a selection, and its cohorts.
+
+    `max_epochs` shortens horizons, which makes other environments (other ids) of the same names.
+
+    Raises:
+        UnknownNameError: The matrix, an environment or a behaviour is unknown; an environment is not in the matrix.
+        SpecError: Nothing is left.
+    """
+    matrix = load("matrices", name, MatrixSpec)
+    if selection is not None:
+        matrix = _select(matrix, selection)
+    plans = expand(matrix)
+    if selection is not None and selection.max_epochs is not None:
+        plans = [_shorten(plan, selection.max_epochs) for plan in plans]
+    return matrix, plans
+
+
+def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
+    known = [cell.environment for cell in matrix.cells]
+    for name in selection.environments or ():
+        if name not in known:
+            raise unknown_name(f"environment of matrix {matrix.name!r}:", name, known)
+    for name in selection.behaviours or ():
+        if name != "schedule-sampler":
+            behaviour(name)
+    cells = []
+    for cell in matrix.cells:
+        if selection.environments is not None and cell.environment not in selection.environments:
+            continue
+        changes: dict[str, object] = {}
+        if selection.behaviours is not None:
+            changes["behaviours"] = tuple(name for name in cell.behaviours if name in selection.behaviours)
+            changes["explorers"] = cell.explorers if "schedule-sampler" in selection.behaviours else 0
+        if selection.epsilons is not None:
+            changes["epsilons"] = selection.epsilons
+        cut = cell.model_copy(update=changes)
+        if cut.behaviours or cut.explorers:
+            cells.append(cut)
+    if not cells:
+        raise SpecError(
+            f"nothing of matrix {matrix.name!r} is left after the selection\n"
+            f"  its behaviours: {', '.join(sorted({name for cell in matrix.cells for name in cell.behaviours}))}"
+        )
+    return MatrixSpec.parse({"name": matrix.name, "cells": [cell.model_dump() for cell in cells]}, "the selection")
+
+
+def _shorten(plan: CohortPlan, max_epochs: int) -> CohortPlan:
+    if plan.environment.horizon <= max_epochs:
+        return plan
+    return plan.model_copy(update={"environment": plan.environment.model_copy(update={"horizon": max_epochs})})
+
+
+def remaining(plans: Sequence[CohortPlan], known: Collection[str]) -> list[CohortPlan]:
+    """Return the plans without the episodes whose ids are known; those with nothing left are left out."""
+    rest = []
+    for plan in plans:
+        episodes = tuple(
+            episode for episode, name in zip(plan.episodes, plan.episode_ids(), strict=True) if name not in known
+        )
+        if episodes:
+            rest.append(plan.model_copy(update={"episodes": episodes}))
+    return rest
+
+
+def epochs_per_episode(plan: CohortPlan) -> int:
+    """Return the host epochs of one episode that runs alone."""
+    return plan.environment.horizon + plan.environment.warm_start_epochs
+
+
+def estimate(plans: Sequence[CohortPlan], dataset: Dataset) -> Estimate:
+    """Return what the plans cost."""
+    return Estimate(
+        episodes=sum(len(plan.episodes) for plan in plans),
+        cohorts=len(plans),
+        alone_epochs=sum(len(plan.episodes) * epochs_per_episode(plan) for plan in plans),
+        least_epochs=sum(epochs_per_episode(plan) for plan in plans),
+        measured_ratio=_newest_ratio(dataset),
+    )
+
+
+def _newest_ratio(dataset: Dataset) -> float | None:
+    for version in reversed(dataset.versions()):
+        measured = version.manifest.provenance.get("host_epochs")
+        ratio = measured.get("ratio") if isinstance(measured, dict) else None
+        if isinstance(ratio, int | float):
+            return float(ratio)
+    return None
+
+
+def computed_epochs(plan: CohortPlan, steps: pa.Table) -> int:
+    """Return the host epochs that a cohort computed: distinct (host_key, epoch), the trunk always among them."""
+    pairs = set(zip(steps["host_key"].to_pylist(), steps["step"].to_pylist(), strict=True))
+    trunk = root_host_key(plan.environment.spec_id, plan.env_seed, "host")
+    pairs |= {(trunk, epoch) for epoch in range(plan.environment.horizon + 1)}
+    return sum(1 for _, epoch in pairs if epoch >= 1) + plan.environment.warm_start_epochs

@@ -1,0 +1,70 @@
+"""Where a sealed version comes from: specifications, code, packages, machine, and the host data's licence."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import JsonValue
+
+from esper.leyline.matrix import CohortPlan, MatrixSpec
+
+PACKAGES = ("esper", "torch", "numpy", "scipy", "scikit-learn", "pyarrow", "deltalake", "duckdb", "prefect", "pydantic")
+
+HOST_DATA: dict[str, dict[str, JsonValue]] = {
+    "digits": {
+        "name": "Optical Recognition of Handwritten Digits (test part), as bundled with scikit-learn",
+        "source": "UCI Machine Learning Repository, E. Alpaydin and C. Kaynak, https://doi.org/10.24432/C50P49",
+        "licence": "CC BY 4.0",
+        "changes": "split by image; placed at random on a larger canvas with noise where the task says so",
+    },
+}
+"""Per kind of task: whose data the hosts are trained on."""
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _package_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine() -> dict[str, JsonValue]:
+    """Return what the machine is: CPU, cores, system, Python."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count() or 1,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def provenance(matrix: MatrixSpec, plans: Sequence[CohortPlan], measured: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return what a version's manifest says about its origin; `rewards` are by environment."""
+    from esper.tolaria.runtime import code_commit
+
+    environments = {plan.environment.name: plan.environment for plan in plans}
+    kinds = sorted({environment.task.kind for environment in environments.values()})
+    return {
+        "matrix": matrix.model_dump(mode="json"),
+        "environments": {name: spec.model_dump(mode="json") for name, spec in environments.items()},
+        "rewards": {plan.environment.name: plan.reward.model_dump(mode="json") for plan in plans},
+        "code_commit": code_commit(),
+        "packages": {name: _package_version(name) for name in PACKAGES},
+        "machine": machine(),
+        "numerics": [*sorted({str(environment.numerics) for environment in environments.values()})],
+        "host_data": [HOST_DATA[kind] for kind in kinds],
+        "host_epochs": measured,
+    }
