@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/esper pipeline demo --store $(STORE) --workers $(JOBS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(JOBS) tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
