@@ -49,10 +49,12 @@ class ConvBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the block's output."""
-        out = torch.relu(self.norm(self.conv(x_BCHW)))
-        if self.keep is not None:
-            out = out * self.keep
-        return F.max_pool2d(out, self.pool) if self.pool > 1 else out
+        out = self.norm(self.conv(x_BCHW))
+        if self.pool > 1:
+            # max and ReLU commute, values and gradients; after pooling ReLU has a quarter of the work
+            out = F.max_pool2d(out, self.pool)
+        out = torch.relu(out)
+        return out if self.keep is None else out * self.keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from esper.kasmina.lifecycle import SeedKey, SlotState
 from esper.kasmina.network import Graft, Network
 from esper.leyline.actions import CNN_BLUEPRINTS, SEED_LR_FACTORS, Blend
 from esper.leyline.specs import EnvironmentSpec
-from esper.tolaria.runtime import channels_last, keyed_initialisation
+from esper.tolaria.runtime import keyed_initialisation, lay_out
 from esper.tolaria.tasks import TaskData
 
 NAN = float("nan")
@@ -201,11 +201,11 @@ def new_seed(key: SeedKey, env_seed: int, channels: int) -> nn.Module:
     """Return a seed initialised from (env_seed, slot, blueprint, birth epoch)."""
     with keyed_initialisation(env_seed, "seed-init", key.slot, key.blueprint, key.birth_epoch):
         module = build_blueprint(CNN_BLUEPRINTS[key.blueprint], channels)
-    return channels_last(module)
+    return lay_out(module)
 
 
 def new_network(spec: EnvironmentSpec, env_seed: int, data: TaskData) -> Network:
     """Return the bare host, initialised from the environment seed."""
     with keyed_initialisation(env_seed, "host-init"):
         host = Host(spec.host, data.in_channels, data.resolution, data.num_classes)
-    return Network(channels_last(host))
+    return Network(lay_out(host))

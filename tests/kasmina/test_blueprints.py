@@ -6,7 +6,7 @@ import torch
 from esper.kasmina.blueprints import CNN_REGISTRY, build_blueprint, group_norm
 from esper.leyline.actions import CNN_BLUEPRINTS
 from esper.leyline.errors import UnknownNameError
-from esper.tolaria.runtime import channels_last, keyed_initialisation
+from esper.tolaria.runtime import keyed_initialisation
 
 SHAPES = [(4, 6), (8, 3), (16, 1), (64, 8)]
 
@@ -15,7 +15,7 @@ def born(name: str, channels: int, size: int) -> tuple[torch.nn.Module, torch.Te
     with keyed_initialisation("test", name, channels):
         module = build_blueprint(name, channels)
         x = torch.randn(16, channels, size, size).contiguous(memory_format=torch.channels_last)
-    return channels_last(module), x
+    return module.to(memory_format=torch.channels_last), x
 
 
 def test_the_registry_holds_the_eight_blueprints_of_the_action_tree():
