@@ -10,6 +10,8 @@ from esper.cli.output import note, rich_table
 from esper.leyline.errors import IntegrityError
 
 if TYPE_CHECKING:
+    from pydantic import JsonValue
+
     from esper.karn.versions import Version
 
 dataset = App(name="dataset", help="List, show and verify datasets.", result_action="return_value")
@@ -80,7 +82,12 @@ def show(ref: str, /, *, store: str | None = None) -> None:
         ("files", f"{len(manifest.files)}, {size / 2**20:.1f} MiB"),
         *((name.replace("_", " "), f"{count:,}") for name, count in manifest.counts.items()),
         *((f"verdict for {use}", level) for use, level in _levels(version)),
-        *((f"provenance: {name}", value) for name, value in manifest.provenance.items()),
+        *(
+            (name.replace("_", " "), _brief(value))
+            for name, value in manifest.provenance.items()
+            if name != "code_commit"
+        ),
+        ("manifest", version.path),
     ]
     print(rich_table(["", "value"], facts), end="")
     cells = query(version, _CELLS)
@@ -89,6 +96,17 @@ def show(ref: str, /, *, store: str | None = None) -> None:
     poor = [check for check in verdict.checks if check.level.value in ("warn", "block")] if verdict else []
     for check in poor:
         note(f"{check.level.value}: {check.environment}: {check.name}: {check.message}")
+
+
+def _brief(value: JsonValue) -> str:
+    """Provenance in one short line: what is nested is named, not written out."""
+    if isinstance(value, list):
+        return "; ".join(_brief(item) for item in value)
+    if not isinstance(value, dict):
+        return str(value)
+    if any(isinstance(item, (dict, list)) for item in value.values()):
+        return str(value.get("name", ", ".join(value)))
+    return ", ".join(f"{name} {item}" for name, item in value.items())
 
 
 @dataset.command

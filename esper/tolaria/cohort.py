@@ -22,8 +22,8 @@ from esper.leyline.errors import LifecycleError
 from esper.leyline.identity import Root, extend_host_key
 from esper.leyline.masks import build_mask
 from esper.leyline.specs import EnvironmentSpec
-from esper.leyline.stages import BLENDED_STAGES
-from esper.tolaria.cost import HostCosts, blueprint_costs, host_costs, lineage_epoch_flops
+from esper.leyline.stages import BLENDED_STAGES, Stage
+from esper.tolaria.cost import HostCosts, blueprint_costs, host_costs
 from esper.tolaria.episode import Rider
 from esper.tolaria.executor import Executor, SerialExecutor
 from esper.tolaria.lineage import Lineage, Outcome
@@ -31,6 +31,7 @@ from esper.tolaria.observe import Matrix, as_columns, lever_rules, observe
 from esper.tolaria.outcome import diverged_outcome, final_outcome
 from esper.tolaria.roots import open_root, root_environment
 from esper.tolaria.runtime import single_thread
+from esper.tolaria.step_costs import count_costs, no_costs
 from esper.tolaria.tasks import TaskData, load_task
 
 Event = tuple[str | int | float, ...]
@@ -63,16 +64,6 @@ class Applied:
     refused_by: list[str | None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepCosts:
-    """CPU seconds of the last epoch and training operations, per rider."""
-
-    cpu_s_alone_K: NDArray[np.float64]
-    cpu_s_shared_K: NDArray[np.float64]
-    riders_K: NDArray[np.int64]
-    flops_K: NDArray[np.float64]
-
-
 @dataclass(slots=True)
 class _State:
     step: int
@@ -82,6 +73,8 @@ class _State:
 
 class Cohort:
     """`reset()`, then `step(actions)` once per epoch until `done`.
+
+    `step_costs` holds CPU seconds and operations of the last epoch.
 
     Args:
         spec: The environment.
@@ -110,6 +103,7 @@ class Cohort:
         self.snapshots: dict[int, _State] = {}
         self.control_outcome: Outcome | None = None
         self.num_host_epochs = 0
+        self.step_costs = no_costs(len(roots))
         self._state = _State(0, {}, [])
         self.trunk_key = ""
 
@@ -183,6 +177,7 @@ class Cohort:
         applied = self._apply(actions_KA, valid)
         self._run_epoch()
         self._state.step += 1
+        self.step_costs = count_costs(self.riders, self._state.lineages, self.costs)
         self._close_epoch()
         self._snapshot()
         return self.observe(), applied
@@ -296,11 +291,14 @@ class Cohort:
         """Move the lives of seeds on and end episodes whose host diverged or whose budget is spent."""
         last = self.step_index >= self.spec.horizon
         for rider in self.riders:
+            if not rider.done:
+                accuracy = rider.lineage.history[-1].val_accuracy
+                rider.slots = [lifecycle.tick(slot, accuracy) for slot in rider.slots]
+                rider.num_steps += 1
+        self._expire_holding()
+        for rider in self.riders:
             if rider.done:
                 continue
-            accuracy = rider.lineage.history[-1].val_accuracy
-            rider.slots = [lifecycle.tick(slot, accuracy) for slot in rider.slots]
-            rider.num_steps += 1
             if rider.lineage.diverged:
                 rider.done = rider.diverged = True
                 rider.outcome = diverged_outcome(rider.lineage, self._extra_params(rider), self.data)
@@ -312,40 +310,23 @@ class Cohort:
             ending = diverged_outcome if trunk.diverged else final_outcome
             self.control_outcome = ending(trunk, 0, self.data)
 
+    def _expire_holding(self) -> None:
+        """Prune seeds that were held longer than the environment's patience: a host-changing event."""
+        patience = self.spec.holding_patience
+        if patience is None:
+            return
+        for index in range(self.spec.host.num_slots):
+            movers: dict[str, list[tuple[Rider, int]]] = {}
+            for rider in self.riders:
+                state = rider.slots[index]
+                if not rider.done and state.stage is Stage.HOLDING and state.epochs_in_stage >= patience:
+                    movers.setdefault(rider.lineage.host_key, []).append((rider, index))
+            for parent_key, moved in movers.items():
+                self._fork(parent_key, ("expire", self.step_index, index), moved)
+        self._drop_unused()
+
     def _extra_params(self, rider: Rider) -> int:
         return self.costs[rider.root].num_params - self.base_params
-
-    def step_costs(self) -> StepCosts:
-        """Return CPU seconds and operations of the last epoch, alone and shared by riders."""
-        num = len(self.riders)
-        riding = [rider.lineage.host_key for rider in self.riders if rider.num_steps == self.step_index]
-        alone, shared, flops = np.zeros(num), np.zeros(num), np.zeros(num)
-        count = np.zeros(num, dtype=np.int64)
-        by_lineage = {
-            key: lineage_epoch_flops(lineage, self.costs[self._root_of(key)])
-            for key, lineage in self._state.lineages.items()
-        }
-        users: dict[tuple[str, SeedKey], int] = {}
-        for rider in self.riders:
-            for key in rider.incubating():
-                users[rider.lineage.host_key, key] = users.get((rider.lineage.host_key, key), 0) + 1
-        for rider in self.riders:
-            if rider.num_steps != self.step_index:
-                continue
-            lineage = rider.lineage
-            host_flops, own_flops = by_lineage[lineage.host_key]
-            mates = riding.count(lineage.host_key)
-            incubations = [lineage.incubations[key] for key in rider.incubating()]
-            alone[rider.index] = lineage.cpu_s + sum(i.cpu_s for i in incubations)
-            shared[rider.index] = lineage.cpu_s / mates + sum(
-                i.cpu_s / users[lineage.host_key, i.key] for i in incubations
-            )
-            flops[rider.index] = host_flops + sum(own_flops[i.key.slot, i.key.blueprint] for i in incubations)
-            count[rider.index] = mates
-        return StepCosts(cpu_s_alone_K=alone, cpu_s_shared_K=shared, riders_K=count, flops_K=flops)
-
-    def _root_of(self, host_key: str) -> str:
-        return next((rider.root for rider in self.riders if rider.lineage.host_key == host_key), Root.HOST.value)
 
     def _snapshot(self) -> None:
         if self.keep_snapshots and self.step_index % SNAPSHOT_EVERY_EPOCHS == 0:

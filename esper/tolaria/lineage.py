@@ -98,7 +98,6 @@ class Lineage:
         self.plateau_epochs = 0
         self.diverged = False
         self.cpu_s = 0.0
-        self.epoch_flops = 0.0
         self.outcome: Outcome | None = None
 
     @property

@@ -18,9 +18,10 @@ from esper.leyline.matrix import CohortPlan, PlannedEpisode
 from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.rewards import EpisodeColumns, reward_components
 from esper.leyline.schema import ACTION_FIELDS, COSTS, EPISODES, SCHEMAS, STEPS
-from esper.tolaria.cohort import Applied, Cohort, Observation, StepCosts
+from esper.tolaria.cohort import Applied, Cohort, Observation
 from esper.tolaria.episode import Rider
 from esper.tolaria.lineage import Outcome
+from esper.tolaria.step_costs import StepCosts
 
 _OP_NAMES = np.array([op.name for op in Op])
 _VAL = FEATURE_COLUMNS.index("val_accuracy")
@@ -109,7 +110,7 @@ class Recorder:
                 [rider.lineage.host_key for rider in cohort.riders],
                 [rider.state_id(observation.step) for rider in cohort.riders],
                 control,
-                cohort.step_costs() if observation.step else None,
+                cohort.step_costs if observation.step else None,
             )
         )
 

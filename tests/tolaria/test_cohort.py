@@ -213,9 +213,21 @@ def test_costs_alone_and_shared_add_up():
     scripts = [[], [germinate()], [germinate()], [germinate(1)]]
     for _ in drive(cohort, scripts, 1):
         pass
-    costs = cohort.step_costs()
+    costs = cohort.step_costs
     spent = cohort.trunk.cpu_s + sum(i.cpu_s for i in cohort.trunk.incubations.values())
     assert costs.cpu_s_shared_K.sum() == pytest.approx(spent)
     assert costs.cpu_s_alone_K[1] > costs.cpu_s_alone_K[0] > costs.cpu_s_shared_K[0]
     assert costs.flops_K[1] == costs.flops_K[2] > costs.flops_K[0] > 0
     assert costs.riders_K.tolist() == [4, 4, 4, 4]
+
+
+def test_a_seed_held_longer_than_the_patience_is_pruned_from_the_host():
+    cohort = Cohort(tiny_environment(holding_patience=1, horizon=8), 11, ["host"] * 2)
+    seen = []
+    for observation, _ in drive(cohort, [LIFE[:4], LIFE]):
+        seen.append([rider.slots[0].stage for rider in cohort.riders])
+        assert observation.matrix.shape[0] == 2
+    assert [stage for stage, _ in seen[3:6]] == [Stage.HOLDING, Stage.PRUNED, Stage.EMBARGOED]
+    assert seen[-1][1] is Stage.FOSSILIZED
+    assert cohort.riders[0].lineage.network.grafts == {}
+    assert cohort.riders[0].lineage.host_key not in {cohort.trunk_key, cohort.riders[1].lineage.host_key}
