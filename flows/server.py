@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from esper.karn.store import open_store
 from esper.leyline.errors import EsperError
+from esper.tolaria.workers import temporary_environment
 from flows.context import RunOptions
 from flows.orchestration import Orchestrator
 
@@ -143,7 +144,7 @@ def loopback_server(home: Path) -> Iterator[str]:
     server = _start(home, port)
     try:
         wanted = settings(home) | {"PREFECT_API_URL": url}
-        with _environment(wanted):
+        with temporary_environment(wanted):
             # The import takes a second or two, while the server starts; the environment must be set before it.
             from prefect.settings import temporary_settings
 
@@ -155,20 +156,6 @@ def loopback_server(home: Path) -> Iterator[str]:
                     _send_what_is_queued()
     finally:
         _stop(server)
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
 
 
 def run_with_prefect(command: str, request: Request, core: Callable[[Request, Orchestrator], T]) -> T:

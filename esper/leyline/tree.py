@@ -85,18 +85,23 @@ def uniform_logits(num_rows: int) -> Floats:
     return np.zeros((num_rows, groups()[-1].stop))
 
 
+def _slot_values(values: Floats, op: Op, of_lever: Callable[[slice], Floats]) -> Floats:
+    """The value of each slot under an op, [N, S]: its own, and under GERMINATE what its levers come to."""
+    z_slot = values[:, slot_slice(op)].copy()
+    if op is Op.GERMINATE:
+        for slot in range(MAX_SLOTS):
+            for lever in range(len(LEVERS)):
+                z_slot[:, slot] += of_lever(lever_slice(slot, lever))
+    return z_slot
+
+
 def tree_reduce(values_NT: NDArray[np.floating], mask_NT: Bools, reduce: Reduce) -> Floats:
     """Return the reduction of additive leaf values over the valid leaves, float64 [N]."""
     check_mask(mask_NT)
     values = np.where(mask_NT, values_NT.astype(np.float64), -np.inf)
     z_op = values[:, OP_SLICE].copy()
     for op in list(Op)[1:]:
-        z_slot = values[:, slot_slice(op)].copy()
-        if op is Op.GERMINATE:
-            for slot in range(MAX_SLOTS):
-                for lever in range(len(LEVERS)):
-                    z_slot[:, slot] += reduce(values[:, lever_slice(slot, lever)])
-        z_op[:, op] += reduce(z_slot)
+        z_op[:, op] += reduce(_slot_values(values, op, lambda part: reduce(values[:, part])))
     return reduce(np.where(np.isnan(z_op), -np.inf, z_op))
 
 
@@ -118,11 +123,7 @@ def tree_argmax(values_NT: NDArray[np.floating], mask_NT: Bools) -> Actions:
     z_op = values[:, OP_SLICE].copy()
     best_slot = np.zeros((num, NUM_OPS), dtype=np.int64)
     for op in list(Op)[1:]:
-        z_slot = values[:, slot_slice(op)].copy()
-        if op is Op.GERMINATE:
-            for slot in range(MAX_SLOTS):
-                for lever in range(len(LEVERS)):
-                    z_slot[:, slot] += values[:, lever_slice(slot, lever)].max(axis=1)
+        z_slot = _slot_values(values, op, lambda part: _max(values[:, part]))
         best_slot[:, op] = z_slot.argmax(axis=1)
         z_op[:, op] += z_slot.max(axis=1)
     actions = np.zeros((num, ACTION_WIDTH), dtype=np.int8)
@@ -141,12 +142,7 @@ def expectation(logp_NT: Floats, values_NT: NDArray[np.floating], mask_NT: Bools
     values = np.where(mask_NT, values_NT.astype(np.float64), 0.0)
     z_op = values[:, OP_SLICE].copy()
     for op in list(Op)[1:]:
-        z_slot = values[:, slot_slice(op)].copy()
-        if op is Op.GERMINATE:
-            for slot in range(MAX_SLOTS):
-                for lever in range(len(LEVERS)):
-                    part = lever_slice(slot, lever)
-                    z_slot[:, slot] += (probs[:, part] * values[:, part]).sum(axis=1)
+        z_slot = _slot_values(values, op, lambda part: (probs[:, part] * values[:, part]).sum(axis=1))
         z_op[:, op] += (probs[:, slot_slice(op)] * z_slot).sum(axis=1)
     result: Floats = (probs[:, OP_SLICE] * z_op).sum(axis=1)
     return result

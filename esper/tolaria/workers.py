@@ -110,9 +110,10 @@ def _limit_torch_threads() -> None:
 
 
 @contextlib.contextmanager
-def _one_thread_environment() -> Iterator[None]:
-    before = {key: os.environ.get(key) for key in ONE_THREAD}
-    os.environ.update(ONE_THREAD)
+def temporary_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Within it, this process (and what it starts) has these environment variables."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
     try:
         yield
     finally:
@@ -130,7 +131,7 @@ class _Worker:
     """One process and the pipe to it."""
 
     def __init__(self, context: SpawnContext) -> None:
-        with _SPAWNING, _one_thread_environment():
+        with _SPAWNING, temporary_environment(ONE_THREAD):
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
