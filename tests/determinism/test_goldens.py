@@ -1,0 +1,86 @@
+"""Values that must never change by accident: a commit that changes one says so, and raises ENGINE_VERSION.
+
+They cover what is the same on every machine: identities, keyed draws, task data, initial weights, data order. What
+arithmetic on top of them gives is compared with itself (`test_same_spec_same_bytes`), not with another processor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from esper.leyline.controller_specs import HEURISTIC, ScheduleSampler, behaviour
+from esper.leyline.identity import ENGINE_VERSION, env_seed
+from esper.leyline.keys import derive_seed, hex_digest, numpy_generator
+from esper.leyline.library import load
+from esper.leyline.matrix import MatrixSpec
+from esper.leyline.plans import expand
+from esper.leyline.specs import EnvironmentSpec
+from esper.tamiyo.plans import pool_plans
+from esper.tolaria.executor import batch_order
+from esper.tolaria.lineage import Lineage, SeedKey, new_network, new_seed
+from esper.tolaria.tasks import load_task
+
+GAP = load("environments", "digits-gap", EnvironmentSpec)
+BASELINE = load("environments", "digits-baseline", EnvironmentSpec)
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    return hashlib.sha256(b"".join(t.detach().contiguous().numpy().tobytes() for t in tensors)).hexdigest()[:16]
+
+
+def test_identities_are_what_stored_datasets_were_made_with():
+    found = {
+        "engine": ENGINE_VERSION,
+        "environments": [GAP.spec_id, BASELINE.spec_id],
+        "env_seeds": [env_seed(GAP.task.task_id, replicate) for replicate in (0, 100_000, 200_000)],
+        "controllers": [HEURISTIC.spec_id, behaviour("random").spec_id, behaviour("periodic").spec_id],
+        "demo": hex_digest([plan.episode_ids() for plan in expand(load("matrices", "demo", MatrixSpec))], 16),
+    }
+    assert found == IDENTITIES
+
+
+def test_keyed_draws_are_what_they_were():
+    plans = pool_plans(ScheduleSampler(pool="demo", num_plans=24, num_slots=3, max_birth_epoch=10), GAP)
+    found = {
+        "seed": derive_seed("golden", 1, 0.5, None, ["a", True]),
+        "uniforms": numpy_generator("golden").random(3).tolist(),
+        "plans": hex_digest([plan.model_dump(mode="json") for plan in plans], 16),
+    }
+    assert found == DRAWS
+
+
+def test_task_data_initial_weights_and_data_order_are_what_they_were():
+    gap, baseline = load_task(GAP.task), load_task(BASELINE.task)
+    network = new_network(GAP, 7, gap)
+    lineage = Lineage("key", GAP, network)
+    found = {
+        "gap": digest(gap.train.x_NCHW > 0, gap.val.y_N, gap.test.y_N),
+        "baseline": digest(baseline.train.x_NCHW > 0, baseline.test.y_N),
+        "weights": digest(*network.parameters()),
+        "seed": digest(*new_seed(SeedKey(1, 7, 1, 3, "own_pass"), 7, 8).parameters()),
+        "order": digest(batch_order(lineage, gap, 7, "order", 2)),
+    }
+    assert found == DATA
+
+
+IDENTITIES = {
+    "engine": "1",
+    "environments": ["ce6492783ec2a379", "73f711d1771bd722"],
+    "env_seeds": [2519336023906644183, 4532193403949142660, 8904131760514181878],
+    "controllers": ["6e6bc23cd42c0961", "3cd170b16d31cc2d", "72d3ea33dbf0df86"],
+    "demo": "08e519bfc3749cd6",
+}
+DRAWS = {
+    "seed": 7587757920484449520,
+    "uniforms": [0.816400647323184, 0.2349663898165405, 0.2824770533547065],
+    "plans": "4b613ff735deb2eb",
+}
+DATA = {
+    "gap": "0e9c6f87074f39d0",
+    "baseline": "27520bb9d7f0c0a9",
+    "weights": "eb7978fd00b46eb0",
+    "seed": "86d46af68431dbe0",
+    "order": "16626d1221fe1fb0",
+}
