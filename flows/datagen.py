@@ -17,18 +17,29 @@ from esper.leyline.events import EventKind
 from esper.leyline.matrix import CohortPlan, MatrixSpec
 from flows.context import Context, RunOptions, cohort_name, open_context
 from flows.failures import failed_tables
+from flows.health import check_health
 from flows.orchestration import Orchestrator, Unit
-from flows.planning import Estimate, Selection, computed_epochs, epochs_per_episode, estimate, plan_matrix, remaining
+from flows.planning import (
+    Estimate,
+    Selection,
+    computed_epochs,
+    epochs_per_episode,
+    estimate,
+    one_by_one,
+    plan_matrix,
+    remaining,
+)
 from flows.provenance import provenance
 
 
 class DatagenRequest(RunOptions):
-    """Generate the episodes of a matrix into a dataset (by default named after the matrix)."""
+    """Generate the episodes of a matrix into a dataset (by default named after the matrix); `health` checks it."""
 
     matrix: str
     dataset: str | None = None
     selection: Selection | None = None
     retry_failed: bool = False
+    health: bool = False
 
     def check(self) -> None:
         """Raise where the matrix, the selection or the dataset's name is wrong."""
@@ -87,7 +98,10 @@ def run_datagen(request: DatagenRequest, orchestrator: Orchestrator) -> Generate
     matrix, plans = plan_matrix(request.matrix, request.selection)
     dataset = request.dataset or matrix.name
     with open_context(request, dataset, "datagen", orchestrator, events={"matrix": matrix.name}) as context:
-        return generate(context, matrix, plans, retry_failed=request.retry_failed)
+        generated = generate(context, matrix, plans, retry_failed=request.retry_failed)
+        if request.health and generated.version.verdict() is None:
+            orchestrator.stage("health", partial(check_health, context, generated.version))
+        return generated
 
 
 def generate(
@@ -95,19 +109,26 @@ def generate(
 ) -> Generated:
     """Run the cohorts that are not stored yet, commit each as it ends, and seal a version that holds them all.
 
-    A cohort is tried twice; then its episodes are stored as failed, with the error, and the rest goes on.
+    A cohort is tried twice; one with branches then runs again in parts, so that a branch that cannot be carried out
+    costs the others nothing. What still fails is stored as failed, with the error, and the rest goes on.
     """
     todo = remaining(plans, context.dataset.episode_ids(failed=not retry_failed))
     done: list[CohortDone] = []
     failed = 0
     with _explain_interrupt(context, todo, done):
-        for index, outcome in _run_cohorts(context, todo):
-            if isinstance(outcome, StoreError | IntegrityError):
-                raise outcome
-            if isinstance(outcome, Exception):
-                failed += _record_failure(context, todo[index], outcome)
-            else:
-                done.append(outcome)
+        parts = todo
+        while parts:
+            again: list[CohortPlan] = []
+            for index, outcome in _run_cohorts(context, parts):
+                if isinstance(outcome, StoreError | IntegrityError):
+                    raise outcome
+                if not isinstance(outcome, Exception):
+                    done.append(outcome)
+                elif parts[index].branches and parts[index].num_planned > 1:
+                    again += one_by_one(parts[index])
+                else:
+                    failed += _record_failure(context, parts[index], outcome)
+            parts = again
     alone = sum(item.alone_epochs for item in done)
     computed = sum(item.computed_epochs for item in done)
     measured: dict[str, JsonValue] = {
@@ -119,9 +140,21 @@ def generate(
     before = context.dataset.version_numbers()
     version = None if todo else latest_with(context.dataset, plans)
     if version is None:
-        version = context.dataset.seal(matrix_id=matrix.spec_id, provenance=provenance(matrix, plans, measured))
+        origin = _with_earlier(context.dataset, provenance(matrix, plans, measured))
+        version = context.dataset.seal(matrix_id=matrix.spec_id, provenance=origin)
     sealed = version.number not in before
     return Generated(version, sealed, sum(item.episodes for item in done), failed, alone, computed)
+
+
+def _with_earlier(dataset: Dataset, origin: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Keep the environments and rewards of the version before: its episodes are in the new one too."""
+    versions = dataset.versions()
+    earlier = versions[-1].manifest.provenance if versions else {}
+    for key in ("environments", "rewards"):
+        before, now = earlier.get(key), origin[key]
+        if isinstance(before, dict) and isinstance(now, dict):
+            origin = {**origin, key: {**before, **now}}
+    return origin
 
 
 def latest_with(dataset: Dataset, plans: Sequence[CohortPlan]) -> Version | None:
@@ -130,7 +163,7 @@ def latest_with(dataset: Dataset, plans: Sequence[CohortPlan]) -> Version | None
     if not versions:
         return None
     held = set(versions[-1].table("episodes", columns=["episode_id"])["episode_id"].to_pylist())
-    planned = {name for plan in plans for name in plan.episode_ids()}
+    planned = {name for plan in plans for name in plan.planned_ids()}
     return versions[-1] if planned <= held else None
 
 
@@ -147,14 +180,14 @@ def _run_cohort(context: Context, plan: CohortPlan) -> CohortDone:
     """Run one cohort on a worker and commit it from here: one process writes the tables."""
     context.events.emit(
         EventKind.COHORT_STARTED,
-        {"environment": plan.environment.name, "replicate": plan.replicate, "episodes": len(plan.episodes)},
+        {"environment": plan.environment.name, "replicate": plan.replicate, "episodes": plan.num_planned},
     )
     started = time.monotonic()
     tables = context.pool.submit(plan).result()
     context.commit(tables)
     done = CohortDone(
-        episodes=len(plan.episodes),
-        alone_epochs=len(plan.episodes) * epochs_per_episode(plan),
+        episodes=plan.num_planned,
+        alone_epochs=plan.num_planned * epochs_per_episode(plan),
         computed_epochs=computed_epochs(plan, tables["steps"]),
     )
     context.events.emit(
@@ -182,7 +215,7 @@ def _record_failure(context: Context, plan: CohortPlan, error: Exception) -> int
             "trace": "".join(getattr(error, "__notes__", [])),
         },
     )
-    return len(plan.episodes)
+    return plan.num_planned
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import datetime
 
 import pyarrow as pa
 
-from esper.leyline.identity import ENGINE_VERSION
+from esper.leyline.identity import ENGINE_VERSION, EpisodeIdentity
 from esper.leyline.keys import hex_digest
 from esper.leyline.matrix import CohortPlan, PlannedEpisode
 from esper.leyline.schema import SCHEMAS
@@ -22,12 +22,13 @@ def uncommitted_schema(table: str) -> pa.Schema:
 
 
 def failed_tables(plan: CohortPlan, error: Exception) -> dict[str, pa.Table]:
-    """Return tables in which every episode of the plan has outcome `failed` and the error; no steps, no costs."""
+    """Return tables in which every episode and branch of the plan has outcome `failed` and the error; no steps."""
     from esper.tolaria.runtime import code_commit
 
     schema = uncommitted_schema("episodes")
     common = {"error": str(error), "code_commit": code_commit(), "created_at": datetime.datetime.now(datetime.UTC)}
-    rows = [_row(plan, episode) | common for episode in plan.episodes]
+    rows = [_row(plan, episode, plan.identity(episode)) | common for episode in plan.episodes]
+    rows += [_row(plan, branch.then, plan.branch_identity(branch)) | common for branch in plan.branches]
     return {
         "steps": uncommitted_schema("steps").empty_table(),
         "costs": uncommitted_schema("costs").empty_table(),
@@ -35,18 +36,21 @@ def failed_tables(plan: CohortPlan, error: Exception) -> dict[str, pa.Table]:
     }
 
 
-def _row(plan: CohortPlan, episode: PlannedEpisode) -> dict[str, object]:
+def _row(plan: CohortPlan, episode: PlannedEpisode, identity: EpisodeIdentity) -> dict[str, object]:
+    parent, step, _ = identity.branch or (None, None, ())
     row: dict[str, object] = dict.fromkeys(uncommitted_schema("episodes").names)
     row |= dict.fromkeys((*_COUNTS, *_OPS), 0)
     return row | {
-        "episode_id": plan.identity(episode).episode_id,
+        "episode_id": identity.episode_id,
         "environment": plan.environment.name,
         "env_seed": plan.env_seed,
         "environment_id": plan.environment.spec_id,
         "environment_spec": plan.environment.model_dump_json(),
         "replicate": plan.replicate,
         "role": episode.role.value,
-        "root": episode.root,
+        "root": identity.root,
+        "branch_parent": parent,
+        "branch_step": step,
         "controller": episode.controller.name,
         "controller_id": episode.controller.spec_id,
         "controller_spec": episode.controller.model_dump_json(),

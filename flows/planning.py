@@ -13,7 +13,7 @@ from esper.leyline.controller_specs import behaviour
 from esper.leyline.errors import SpecError, unknown_name
 from esper.leyline.identity import root_host_key
 from esper.leyline.library import load
-from esper.leyline.matrix import CohortPlan, MatrixSpec
+from esper.leyline.matrix import Branch, CohortPlan, MatrixSpec
 from esper.leyline.plans import expand
 from esper.leyline.spec_base import Spec
 
@@ -31,7 +31,8 @@ class Estimate(Spec):
     """Host epochs of a plan.
 
     Attributes:
-        episodes: Episodes planned.
+        episodes: Episodes planned, branches included.
+        branches: How many of them branch off another one.
         cohorts: Cohorts they run in.
         alone_epochs: Host epochs if each episode ran alone, warm starts included.
         least_epochs: Host epochs of the trunks alone; nothing can be cheaper.
@@ -39,6 +40,7 @@ class Estimate(Spec):
     """
 
     episodes: int
+    branches: int
     cohorts: int
     alone_epochs: int
     least_epochs: int
@@ -84,30 +86,51 @@ def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
         cut = cell.model_copy(update=changes)
         if cut.behaviours or cut.explorers:
             cells.append(cut)
-    if not cells:
+    branches = [branch for branch in matrix.branches if _is_selected(branch, selection)]
+    if not cells and not branches:
         raise SpecError(
             f"nothing of matrix {matrix.name!r} is left after the selection\n"
             f"  its behaviours: {', '.join(sorted({name for cell in matrix.cells for name in cell.behaviours}))}"
         )
-    return MatrixSpec.parse({"name": matrix.name, "cells": [cell.model_dump() for cell in cells]}, "the selection")
+    kept = {"cells": [cell.model_dump() for cell in cells], "branches": [branch.model_dump() for branch in branches]}
+    return MatrixSpec.parse({"name": matrix.name, **kept}, "the selection")
+
+
+def _is_selected(branch: Branch, selection: Selection) -> bool:
+    """Whether a branching's environment and parent are selected; its parent's epsilon is never replaced."""
+    parent = branch.parent
+    if selection.environments is not None and branch.environment not in selection.environments:
+        return False
+    if selection.behaviours is not None and parent.controller not in selection.behaviours:
+        return False
+    follows_epsilon = parent.controller not in ("never-act", "random", "schedule-sampler")
+    return selection.epsilons is None or not follows_epsilon or (parent.epsilon or 0.0) in selection.epsilons
 
 
 def _shorten(plan: CohortPlan, max_epochs: int) -> CohortPlan:
+    """Cut the horizon, without the branches that leave later."""
     if plan.environment.horizon <= max_epochs:
         return plan
-    return plan.model_copy(update={"environment": plan.environment.model_copy(update={"horizon": max_epochs})})
+    environment = plan.environment.model_copy(update={"horizon": max_epochs})
+    branches = tuple(branch for branch in plan.branches if branch.step < max_epochs)
+    return plan.model_copy(update={"environment": environment, "branches": branches})
 
 
 def remaining(plans: Sequence[CohortPlan], known: Collection[str]) -> list[CohortPlan]:
-    """Return the plans without the episodes whose ids are known; those with nothing left are left out."""
+    """Return the plans without the episodes and branches whose ids are known; those with nothing left are left out."""
     rest = []
     for plan in plans:
-        episodes = tuple(
-            episode for episode, name in zip(plan.episodes, plan.episode_ids(), strict=True) if name not in known
-        )
-        if episodes:
-            rest.append(plan.model_copy(update={"episodes": episodes}))
+        episodes = tuple(e for e, name in zip(plan.episodes, plan.episode_ids(), strict=True) if name not in known)
+        branches = tuple(b for b, name in zip(plan.branches, plan.branch_ids(), strict=True) if name not in known)
+        if episodes or branches:
+            rest.append(plan.model_copy(update={"episodes": episodes, "branches": branches}))
     return rest
+
+
+def one_by_one(plan: CohortPlan) -> list[CohortPlan]:
+    """Return a plan's episodes as one plan and each of its branches as a plan of its own."""
+    parts = [plan.model_copy(update={"branches": ()})] if plan.episodes else []
+    return [*parts, *(plan.model_copy(update={"episodes": (), "branches": (b,)}) for b in plan.branches)]
 
 
 def epochs_per_episode(plan: CohortPlan) -> int:
@@ -118,9 +141,10 @@ def epochs_per_episode(plan: CohortPlan) -> int:
 def estimate(plans: Sequence[CohortPlan], dataset: Dataset) -> Estimate:
     """Return what the plans cost."""
     return Estimate(
-        episodes=sum(len(plan.episodes) for plan in plans),
+        episodes=sum(plan.num_planned for plan in plans),
+        branches=sum(len(plan.branches) for plan in plans),
         cohorts=len(plans),
-        alone_epochs=sum(len(plan.episodes) * epochs_per_episode(plan) for plan in plans),
+        alone_epochs=sum(plan.num_planned * epochs_per_episode(plan) for plan in plans),
         least_epochs=sum(epochs_per_episode(plan) for plan in plans),
         measured_ratio=_newest_ratio(dataset),
     )
@@ -136,8 +160,27 @@ def _newest_ratio(dataset: Dataset) -> float | None:
 
 
 def computed_epochs(plan: CohortPlan, steps: pa.Table) -> int:
-    """Return the host epochs that a cohort computed: distinct (host_key, epoch), the trunk always among them."""
-    pairs = set(zip(steps["host_key"].to_pylist(), steps["step"].to_pylist(), strict=True))
+    """Return the host epochs that a cohort computed: distinct (host_key, epoch), the trunk always among them.
+
+    A branch computes everything since its snapshot again, the trunk included. A parent that is not among the plan's
+    episodes counts in full: its rows are not in the table.
+    """
     trunk = root_host_key(plan.environment.spec_id, plan.env_seed, "host")
-    pairs |= {(trunk, epoch) for epoch in range(plan.environment.horizon + 1)}
-    return sum(1 for _, epoch in pairs if epoch >= 1) + plan.environment.warm_start_epochs
+    trunk_pairs = {(trunk, epoch) for epoch in range(plan.environment.horizon + 1)}
+    shared = set(trunk_pairs)
+    start_of = {name: _snapshot(branch.step) for name, branch in zip(plan.branch_ids(), plan.branches, strict=True)}
+    again = {name: set(trunk_pairs) for name in start_of}
+    names = ("episode_id", "host_key", "step")
+    for name, key, epoch in zip(*(steps[column].to_pylist() for column in names), strict=True):
+        again.get(name, shared).add((key, epoch))
+    replayed = sum(sum(epoch > start_of[name] for _, epoch in pairs) for name, pairs in again.items())
+    parents = {plan.identity(branch.parent).episode_id for branch in plan.branches} - set(plan.episode_ids())
+    own = sum(1 for _, epoch in shared if epoch >= 1) + plan.environment.warm_start_epochs
+    return own + replayed + len(parents) * plan.environment.horizon
+
+
+def _snapshot(step: int) -> int:
+    """The epoch of the snapshot from which a branch at a step starts."""
+    from esper.tolaria.cohort import SNAPSHOT_EVERY_EPOCHS  # torch: after the cohorts ran, never before
+
+    return step - step % SNAPSHOT_EVERY_EPOCHS

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from esper.karn.overrides import check_reason
 from esper.karn.store import open_store
 from esper.karn.versions import Version
 from esper.leyline.controller_specs import LearnedPolicy
@@ -30,10 +31,12 @@ class TrainRequest(RunOptions):
     algorithm: Algorithm
     seed: int = 0
     name: str | None = None
-    allow_unchecked: bool = False
+    override_health: str | None = None
 
     def check(self) -> None:
-        """Raise where the version does not exist."""
+        """Raise where the version does not exist, or the reason for the override says nothing."""
+        if self.override_health is not None:
+            check_reason(self.override_health)
         open_store(self.store).resolve(self.dataset)
 
 
@@ -70,7 +73,7 @@ class TrainJob(Spec):
     algorithm: Algorithm
     seed: int
     name: str
-    allow_unchecked: bool
+    override_health: str | None
     folder: str
     run: str
 
@@ -79,12 +82,12 @@ def run_training(request: TrainRequest, orchestrator: Orchestrator) -> LearnedPo
     """Train a policy; return its specification (checkpoint folder and digest).
 
     Raises:
-        HealthError: The version is blocked or was never checked, and `allow_unchecked` is not set.
+        HealthError: The version is blocked or was never checked, and there is no `override_health`.
     """
     version = open_store(request.store).resolve(request.dataset)
     command = f"train-{request.algorithm}"
     with open_context(request, version.name, command, orchestrator, events={"version": version.ref}) as context:
-        job = make_job(context, version, request.algorithm, request.seed, request.name, request.allow_unchecked)
+        job = make_job(context, version, request.algorithm, request.seed, request.name, request.override_health)
         return train_all(context, [job])[0]
 
 
@@ -94,7 +97,7 @@ def make_job(
     algorithm: Algorithm,
     seed: int,
     name: str | None = None,
-    allow_unchecked: bool = False,
+    override_health: str | None = None,
 ) -> TrainJob:
     """Return the training run of a learner within a context's run."""
     return TrainJob(
@@ -103,7 +106,7 @@ def make_job(
         algorithm=algorithm,
         seed=seed,
         name=name or algorithm,
-        allow_unchecked=allow_unchecked,
+        override_health=override_health,
         folder=str(context.folder),
         run=context.run,
     )
@@ -147,7 +150,7 @@ def train_job(job_json: str) -> str:
             out=Path(job.folder) / "checkpoints" / job.name,
             seed=job.seed,
             name=job.name,
-            allow_unchecked=job.allow_unchecked,
+            override_health=job.override_health,
             recipe=None,
             on_log=on_log,
         )

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import duckdb
 import numpy as np
 
+from quality.audit import RatioSums, TreeAudit
 from quality.measures import WHOLE, Measure, rows
-from quality.tree_audit import RatioSums, TreeAudit
+from quality.support import calibration, effective_sizes, ess_curves
 
 _ROLE_DATA = "sound AND role = 'data' AND branch_parent IS NULL"
 
@@ -138,4 +139,6 @@ def measure(connection: duckdb.DuckDBPyConnection, names: Sequence[str], audit: 
         *_histories(connection, names),
         *audit.propensities.measures("propensity_consistent", names, sound),
         *_propensities(audit, names),
+        *calibration(audit.calibration, names),
+        *effective_sizes(ess_curves(connection, audit.all_log_ratios()), names),
     ]

@@ -6,19 +6,22 @@ from collections.abc import Sequence
 
 import duckdb
 
-from quality.measures import Measure, offences, rows
+from esper.leyline.actions import MAX_SLOTS
+from esper.leyline.observations import slot_column
+from esper.leyline.stages import BLENDED_STAGES, Stage
+from quality.measures import Measure, offences
 
-_WHERE = (
-    "concat('episode ', episode_id, ' step ', step, ' slot ', slot, ': ', coalesce(cause, 'no action'), ', stage ', "
+_PLACE = (
+    "environment, episode_id, step, "
+    "concat('slot ', slot, ': ', coalesce(cause, 'no action'), ', stage ', stage, ' -> ', next_stage) AS found"
 )
-_PLACE = _WHERE + "stage, ' -> ', next_stage)"
 
 # The last transition of an episode that did not complete is the failure's, not the lifecycle's.
 _COUNTED = "NOT (terminated AND outcome <> 'completed')"
 
 _ILLEGAL = """
 SELECT c.* FROM health_changes AS c
-WHERE stage IS DISTINCT FROM next_stage
+WHERE stage <> next_stage
     AND NOT EXISTS (FROM health_legal AS l WHERE l.stage = c.stage AND l.next_stage = c.next_stage)
 """
 
@@ -39,11 +42,11 @@ WHERE cause IS NULL AND outcome <> 'rolled_back'
 
 # Only blending, committing and pruning what was blended move an episode to another lineage.
 _WRONG_KEY = """
-SELECT environment, concat('episode ', episode_id, ' step ', step, ': ', op,
-    CASE WHEN host_key = next_host_key THEN ' left the lineage as it was' ELSE ' changed the lineage' END) AS example
+SELECT environment, episode_id, step, concat(op,
+    CASE WHEN host_key = next_host_key THEN ' left the lineage as it was' ELSE ' changed the lineage' END) AS found
 FROM (
-    SELECT *, executed AND (op IN ('ADVANCE', 'FOSSILIZE') OR (op = 'PRUNE' AND stages[action_slot + 1] IN (4, 6)))
-        AS moves
+    SELECT *, executed AND (op IN ('ADVANCE', 'FOSSILIZE')
+        OR (op = 'PRUNE' AND (stages >> (4 * action_slot)) & 15 IN (4, 6))) AS moves
     FROM health_moves
     WHERE outcome <> 'rolled_back' AND NOT has_patience AND NOT (terminated AND outcome <> 'completed')
 )
@@ -51,60 +54,87 @@ WHERE moves <> (host_key <> next_host_key)
 """
 
 _ON_TRUNK = """
-SELECT environment,
-    concat('episode ', episode_id, ' step ', step, ': a blended seed on the never-act lineage') AS example
-FROM health_observed WHERE blended AND host_key = root_key AND root = 'host'
+SELECT c.environment, c.episode_id, c.step, 'a blended seed on the never-act lineage' AS found
+FROM health_core AS c JOIN (SELECT number, host_key AS root_key FROM health_core WHERE step = 0) USING (number)
+WHERE blended AND host_key = root_key AND root = 'host'
 """
 
 _UNPAIRED = """
-SELECT environment,
-    concat('episode ', episode_id, ' step ', step, ': loss ', val_loss, ', control ', control_val_loss) AS example
-FROM health_observed
+SELECT c.environment, c.episode_id, c.step, concat('loss ', val_loss, ', control ', control_val_loss) AS found
+FROM health_core AS c JOIN (SELECT number, host_key AS root_key FROM health_core WHERE step = 0) USING (number)
 WHERE root = 'host' AND host_key = root_key AND abs(val_loss - control_val_loss) > 1e-6 * (1 + abs(control_val_loss))
     AND isfinite(val_loss) AND isfinite(control_val_loss)
 """
 
-_GROWN = """
-SELECT environment, count(*) AS grown, count(*) FILTER (NOT differs) AS same,
-    min(episode_id) FILTER (NOT differs) AS example
-FROM (
-    SELECT environment, episode_id, coalesce(bool_or(val_loss <> control_val_loss), true) AS differs
-    FROM health_observed WHERE blended AND root = 'host' GROUP BY environment, episode_id
-) GROUP BY environment
+_FLAGS = """
+SELECT environment, episode_id, step, CASE
+    WHEN executed THEN concat(op, ' is executed, and refused by ', refused_by)
+    WHEN refused_by IS NULL THEN concat(op, ' is not executed, and no gate refused it')
+    ELSE concat(op, ' is refused by ', refused_by, ', but has no gate') END AS found
+FROM health_core
+WHERE NOT is_last AND executed IS NOT NULL
+    AND (executed <> (refused_by IS NULL) OR (NOT executed AND op NOT IN ('ADVANCE', 'FOSSILIZE')))
 """
 
 
-def _growth(connection: duckdb.DuckDBPyConnection, names: Sequence[str]) -> list[Measure]:
-    found = {row["environment"]: row for row in rows(connection.sql(_GROWN))}
-    out = []
-    for name in names:
-        row = found.get(name)
-        value, message = None, "no episode blended a seed"
-        if row is not None:
-            value = row["same"] / row["grown"]
-            message = f"{row['same']} of {row['grown']} episodes with a blended seed have the control's losses"
-            message += f"; for example {row['example']}" if row["same"] else ""
-        out.append(Measure(check="growth_changes_host", environment=name, value=value, message=message))
-    return out
+def _places(connection: duckdb.DuckDBPyConnection, query: str) -> duckdb.DuckDBPyRelation:
+    return connection.sql(query).filter(_COUNTED).project(_PLACE)
+
+
+def illegal(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Return the changes of a slot's stage that the lifecycle does not have."""
+    return _places(connection, _ILLEGAL)
+
+
+def without_effect(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Return the contradictions between an action and the next state: no effect, or an effect without an action."""
+    changes = _places(connection, _NO_EFFECT).union(_places(connection, _NO_CAUSE))
+    return changes.union(connection.sql(_WRONG_KEY)).union(connection.sql(_ON_TRUNK))
+
+
+def unpaired(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Return the rows on the never-act lineage that differ from the control."""
+    return connection.sql(_UNPAIRED)
+
+
+def wrong_flags(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Return the decisions whose `executed` and `refused_by` contradict each other or the op."""
+    return connection.sql(_FLAGS)
+
+
+def wrong_alpha(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Return the rows with an alpha outside [0, 1], one without a blended seed, or a full seed below 1."""
+    blended = ", ".join(str(int(stage)) for stage in sorted(BLENDED_STAGES))
+    full = f"{int(Stage.HOLDING)}, {int(Stage.FOSSILIZED)}"
+    wrong, told = [], []
+    for slot in range(MAX_SLOTS):
+        alpha, stage = slot_column(slot, "alpha"), slot_column(slot, "stage")
+        test = (
+            f"coalesce(isfinite({alpha}) AND ({alpha} NOT BETWEEN 0 AND 1.00001 OR ({alpha} > 0 AND {stage} NOT IN "
+            f"({blended})) OR ({alpha} < 0.99999 AND {stage} IN ({full}))), false)"
+        )
+        wrong.append(test)
+        told.append(f"CASE WHEN {test} THEN concat('{alpha} = ', {alpha}, ' at stage ', {stage}) END")
+    found = f"concat_ws(', ', {', '.join(told)}) AS found"
+    rows_there = connection.table("health_rows").filter(" OR ".join(wrong))
+    return rows_there.project(f"environment, episode_id, step, {found}")
 
 
 def measure(connection: duckdb.DuckDBPyConnection, names: Sequence[str]) -> list[Measure]:
-    """Return `legal_transitions`, `interventions_have_effect`, `paired_control` and `growth_changes_host`."""
-
-    def places(query: str) -> duckdb.DuckDBPyRelation:
-        return connection.sql(query).filter(_COUNTED).project(f"environment, {_PLACE} AS example")
-
-    changes = places(_NO_EFFECT).union(places(_NO_CAUSE))
-    changes = changes.union(connection.sql(_WRONG_KEY)).union(connection.sql(_ON_TRUNK))
+    """Return the checks of what actions did."""
+    effect = "every executed action had its effect, and nothing else changed"
     return [
-        *offences("legal_transitions", names, places(_ILLEGAL), unit="transitions", sound="every transition is legal"),
+        *offences(
+            "legal_transitions", names, illegal(connection), unit="transitions", sound="every transition is legal"
+        ),
         *offences(
             "interventions_have_effect",
             names,
-            changes,
+            without_effect(connection),
             unit="contradictions between action and next state",
-            sound="every executed action had its effect, and nothing else changed",
+            sound=effect,
         ),
-        *offences("paired_control", names, connection.sql(_UNPAIRED), sound="untouched hosts equal their control"),
-        *_growth(connection, names),
+        *offences("executed_flags", names, wrong_flags(connection), sound="refused is what a gate refused"),
+        *offences("alpha_range", names, wrong_alpha(connection), sound="alpha is in [0, 1] and follows the stage"),
+        *offences("paired_control", names, unpaired(connection), sound="untouched hosts equal their control"),
     ]

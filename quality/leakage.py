@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import duckdb
 
-from esper.leyline.actions import MAX_SLOTS
 from esper.leyline.identity import EVALUATION_START, SELECTION_START
 from esper.leyline.observations import GLOBAL_FEATURES, SLOT_FEATURES, slot_column
 from quality.measures import WHOLE, Measure, offences, rows
+from quality.profile import Profile, Range
 
 _DOUBLED = """
-SELECT environment, concat('episode ', episode_id, ': ', copies, ' rows in episodes, ', coalesce(num_rows, 0),
-    ' in steps for ', coalesce(num_keys, 0), ' keys') AS example
+SELECT environment, episode_id, NULL::INTEGER AS step, concat(copies, ' rows in episodes, ', coalesce(num_rows, 0),
+    ' in steps for ', coalesce(num_keys, 0), ' keys') AS found
 FROM health_episodes WHERE doubled
 """
 
@@ -29,16 +29,41 @@ _STATIC = frozenset(
 """Constant by design: what describes the environment, and `last_executed`, which stays 1 where no gate refuses."""
 
 
-def _leaks(connection: duckdb.DuckDBPyConnection) -> list[Measure]:
-    episodes = connection.table("episodes").project(f"env_seed, replicate, {_SPLIT} AS split")
-    by_seed = episodes.aggregate(
-        "env_seed, count(DISTINCT split) AS splits, string_agg(DISTINCT split, ', ' ORDER BY split) AS names, "
-        f"bool_or(CASE split WHEN 'training' THEN replicate >= {SELECTION_START} "
-        f"WHEN 'selection' THEN replicate < {SELECTION_START} OR replicate >= {EVALUATION_START} "
-        f"ELSE replicate < {EVALUATION_START} END) AS misplaced",
-        "env_seed",
+_MISPLACED = (
+    f"CASE split WHEN 'training' THEN replicate >= {SELECTION_START} "
+    f"WHEN 'selection' THEN replicate < {SELECTION_START} OR replicate >= {EVALUATION_START} "
+    f"ELSE replicate < {EVALUATION_START} END"
+)
+
+
+def doubled(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Return the episodes that are there twice."""
+    return connection.sql(_DOUBLED)
+
+
+def _seeds(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Return the env_seeds that lie in two splits, or in one that does not own their replicate."""
+    by_seed = (
+        connection.table("episodes")
+        .project(f"env_seed, replicate, {_SPLIT} AS split")
+        .aggregate(
+            "env_seed, count(DISTINCT split) AS splits, string_agg(DISTINCT split, ', ' ORDER BY split) AS names, "
+            f"bool_or({_MISPLACED}) AS misplaced",
+            "env_seed",
+        )
     )
-    found = rows(by_seed.filter("splits > 1 OR misplaced").order("env_seed"))
+    return by_seed.filter("splits > 1 OR misplaced")
+
+
+def leaked(connection: duckdb.DuckDBPyConnection) -> duckdb.DuckDBPyRelation:
+    """Return the episodes of the env_seeds that lie in two splits or in a wrong one."""
+    episodes = connection.table("episodes").set_alias("e").join(_seeds(connection).set_alias("l"), "env_seed")
+    told = "concat('env_seed ', env_seed, ', replicate ', replicate, ', role ', role, ': in ', names) AS found"
+    return episodes.project(f"environment, episode_id, NULL::INTEGER AS step, {told}")
+
+
+def _leaks(connection: duckdb.DuckDBPyConnection) -> list[Measure]:
+    found = rows(_seeds(connection).order("env_seed"))
     message = "every env_seed stays in the split that owns its replicate"
     if found:
         message = f"{len(found)} env_seeds; for example {found[0]['env_seed']} in {found[0]['names']}"
@@ -52,38 +77,36 @@ def _varying_features(num_slots: int) -> list[str]:
     return [*(item.name for item in GLOBAL_FEATURES if item.name not in _STATIC), *slots]
 
 
-def _constant(connection: duckdb.DuckDBPyConnection, names: Sequence[str]) -> list[Measure]:
+def _constant(profile: Profile, names: Sequence[str]) -> list[Measure]:
     """A feature is constant where it has one value, or none, in every row; one that is sometimes null varies."""
-    training = connection.table("health_rows").filter("role IN ('data', 'online')")
-    columns = _varying_features(MAX_SLOTS)
-    parts = [f"[min({name})::DOUBLE, max({name})::DOUBLE, count({name})::DOUBLE] AS {name}" for name in columns]
-    found = rows(training.aggregate("environment, count(*) AS n, max(num_slots) AS slots, " + ", ".join(parts)))
     out = []
     for name in (WHOLE, *names):
-        of = [row for row in found if name in (WHOLE, row["environment"])]
+        of = [profile.training(place) for place in names if name in (WHOLE, place)]
+        of = [(ranges, total) for ranges, total in of if total]
         if not of:
             out.append(Measure(check="constant_features", environment=name, value=None, message="no training rows"))
             continue
-        used = _varying_features(max(row["slots"] for row in of))
-        constant = [column for column in used if _never_varies([row[column] for row in of], sum(r["n"] for r in of))]
+        used = _varying_features(int(max(ranges["num_slots"][1] or 0 for ranges, _ in of)))
+        total = sum(total for _, total in of)
+        constant = [column for column in used if _never_varies([ranges[column] for ranges, _ in of], total)]
         shown = ", ".join(constant[:8]) + (", ..." if len(constant) > 8 else "")
         message = f"never varies: {shown}" if constant else "every feature varies"
         out.append(Measure(check="constant_features", environment=name, value=float(len(constant)), message=message))
     return out
 
 
-def _never_varies(ranges: Sequence[Sequence[float | None]], total: int) -> bool:
+def _never_varies(ranges: Sequence[Range], total: int) -> bool:
     """Whether the (least, greatest, number of values) of parts of `total` rows leave one value, or none, in all."""
     extremes = {value for least, greatest, _ in ranges for value in (least, greatest) if value is not None}
-    known = sum(count or 0 for _, _, count in ranges)
+    known = sum(count for _, _, count in ranges)
     return not extremes or (len(extremes) == 1 and known == total)
 
 
-def measure(connection: duckdb.DuckDBPyConnection, names: Sequence[str]) -> list[Measure]:
+def measure(connection: duckdb.DuckDBPyConnection, names: Sequence[str], profile: Profile) -> list[Measure]:
     """Return `duplicates`, `seed_split_leak` and `constant_features`."""
-    doubled = connection.sql(_DOUBLED)
+    once = "every episode is there once"
     return [
-        *offences("duplicates", names, doubled, unit="episodes", sound="every episode is there once"),
+        *offences("duplicates", names, doubled(connection), unit="episodes", sound=once),
         *_leaks(connection),
-        *_constant(connection, names),
+        *_constant(profile, names),
     ]

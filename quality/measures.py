@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,9 @@ import duckdb
 
 WHOLE = "all"
 """The name under which a quantity of the whole dataset stands beside those of its environments."""
+
+Offences = Callable[[duckdb.DuckDBPyConnection], duckdb.DuckDBPyRelation]
+"""Returns a check's offending rows: columns `environment`, `episode_id`, `step` (null: the episode) and `found`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +52,12 @@ def offences(
     Args:
         check: The check.
         names: Every environment; one that has no offence counts 0.
-        relation: One row per offence, with columns `environment` and `example` (text).
+        relation: One row per offence, as `Offences` returns them.
         unit: What is counted, for the message.
         sound: The message where nothing is wrong.
     """
-    grouped = relation.aggregate("environment, count(*) AS n, min(example) AS example")
+    example = "min(concat('episode ', episode_id, ' step ' || step, ': ', found))"
+    grouped = relation.aggregate(f"environment, count(*) AS n, {example} AS example")
     found = {row["environment"]: row for row in rows(grouped)}
     unknown = sorted(set(found) - set(names))
     out = []

@@ -1,130 +1,158 @@
-"""The working tables of the checks, made once per connection: which episodes are sound, and what each decision changed.
-
-A structurally broken episode is the business of `structure` and `duplicates` alone; every later check reads the sound
-ones, so that one fault does not set off unrelated alarms.
-"""
+"""Which rows: the rows behind a failing check, with the columns that explain them."""
 
 from __future__ import annotations
 
-import duckdb
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from esper.leyline.actions import LEVERS, MAX_SLOTS, Op
+import duckdb
+import pyarrow as pa
+
+from esper.leyline.actions import MAX_SLOTS
+from esper.leyline.errors import SpecError, UnknownNameError, unknown_name
 from esper.leyline.observations import slot_column
 from esper.leyline.schema import ACTION_FIELDS
-from esper.leyline.stages import BLENDED_STAGES, COOLDOWN_EPOCHS, LEGAL_TRANSITIONS, LIVE_STAGES, Stage
+from quality import dynamics, effect, leakage, structure
+from quality.measures import Offences
+from quality.rewards import audit_rewards
+from quality.thresholds import load_thresholds
+from quality.tree_audit import run_audit
+from quality.working import prepare
 
-_EPISODES = """
-CREATE OR REPLACE TEMP TABLE health_episodes AS
-WITH seen AS (
-    SELECT episode_id, count(*) AS num_rows, count(DISTINCT step) AS num_distinct, min(step) AS first,
-        max(step) AS last, count(DISTINCT step) FILTER (is_last) AS finals, max(step) FILTER (is_last) AS final_step,
-        count(DISTINCT (step, actor)) AS num_keys
-    FROM steps GROUP BY episode_id
-), told AS (
-    SELECT episode_id, any_value(environment) AS environment, any_value(env_seed) AS env_seed,
-        any_value(role) AS role, any_value(controller) AS controller, any_value(epsilon) AS epsilon,
-        any_value(temperature) AS temperature, any_value(plan) AS plan, any_value(history_id) AS history_id,
-        any_value(controller_spec ->> '$.kind') AS kind, any_value(root) AS root, any_value(outcome) AS outcome,
-        any_value(environment_id) AS environment_id, any_value(control_valid) AS control_valid,
-        any_value((environment_spec ->> '$.holding_patience') IS NOT NULL) AS has_patience,
-        any_value(branch_parent) AS branch_parent, max(num_steps) AS num_steps, count(*) AS copies,
-        any_value(final_val_accuracy) AS final_val_accuracy, any_value(final_seed_params) AS final_seed_params,
-        any_value(control_final_val_accuracy) AS control_final_val_accuracy
-    FROM episodes GROUP BY episode_id
-), joined AS (
-    SELECT told.*, seen.* EXCLUDE (episode_id),
-        outcome = 'failed' AS failed,
-        copies > 1 OR coalesce(num_rows > num_keys, false) AS doubled,
-        coalesce(num_distinct, 0) <> num_steps + 1 OR first <> 0 OR last <> num_steps OR finals <> 1
-            OR final_step <> last OR num_rows IS NULL OR final_step IS NULL AS broken
-    FROM told LEFT JOIN seen USING (episode_id)
+__all__ = ["ROW_CHECKS", "failing_rows", "prepare"]
+
+_STAGES = tuple(slot_column(slot, "stage") for slot in range(MAX_SLOTS))
+_ALPHAS = tuple(slot_column(slot, "alpha") for slot in range(MAX_SLOTS))
+_ACTION = ("op", *ACTION_FIELDS)
+_REWARD = (
+    *("val_accuracy", "control_val_accuracy", "seed_params", "host_params"),
+    *("reward_accuracy_points", "reward_growth_log2", "final_val_accuracy", "control_final_val_accuracy"),
 )
-SELECT *, NOT failed AND NOT doubled AND NOT broken AND num_rows = num_distinct AS sound FROM joined
-"""
+_OUTCOME = ("controller", "epsilon", "role", "replicate", "outcome", "num_steps", "final_val_accuracy")
 
-# Views are temporary: a catalogue's connection cannot write to its own database.
-_ROWS = """
-CREATE OR REPLACE TEMP VIEW health_rows AS
-SELECT s.*, e.outcome, e.root, e.has_patience, e.kind
-FROM steps AS s JOIN health_episodes AS e USING (episode_id) WHERE e.sound
-"""
+_KEPT = [
+    pa.field("environment", pa.string()),
+    pa.field("episode_id", pa.string()),
+    pa.field("step", pa.int32()),
+    pa.field("found", pa.string()),
+]
 
-_OBSERVED = "CREATE OR REPLACE TEMP VIEW health_observed AS SELECT {columns} FROM health_rows"
 
-_SEQUENCE = "CREATE OR REPLACE TEMP VIEW health_sequence AS SELECT * FROM health_observed WHERE NOT is_last"
+@dataclass(frozen=True, slots=True)
+class RowCheck:
+    """How to list the rows of a check.
 
-_MOVES = """
-CREATE OR REPLACE TEMP TABLE health_moves AS
-SELECT * FROM health_sequence
-WHERE stages IS DISTINCT FROM next_stages OR host_key <> next_host_key OR (executed AND op <> 'WAIT')
-"""
+    Attributes:
+        find: Returns the offending rows, given the connection and how many are wanted.
+        table: Where the explaining columns come from: `steps`, or `episodes` where a whole episode is wrong.
+        columns: The columns that explain a row.
+    """
 
-_CHANGES = """
-CREATE OR REPLACE TEMP TABLE health_changes AS
-SELECT * EXCLUDE (stages, next_stages, levers, next_levers),
-    slot, stages[slot + 1] AS stage, next_stages[slot + 1] AS next_stage,
-    CASE WHEN executed AND op <> 'WAIT' AND action_slot = slot THEN op END AS cause,
-    levers = next_levers[slot + 1] AS same_levers
-FROM health_moves, range({slots}) AS slots(slot)
-WHERE stage IS DISTINCT FROM next_stage OR cause IS NOT NULL
-"""
+    find: Callable[[duckdb.DuckDBPyConnection, int], duckdb.DuckDBPyRelation]
+    table: str
+    columns: tuple[str, ...]
 
-CAUSED: dict[Op, tuple[tuple[Stage, Stage], ...]] = {
-    Op.GERMINATE: ((Stage.DORMANT, Stage.GERMINATED), (Stage.DORMANT, Stage.TRAINING)),
-    Op.ADVANCE: ((Stage.TRAINING, Stage.BLENDING),),
-    Op.FOSSILIZE: ((Stage.HOLDING, Stage.FOSSILIZED),),
-    Op.PRUNE: tuple((stage, after) for stage in sorted(LIVE_STAGES) for after in (Stage.PRUNED, Stage.EMBARGOED)),
+
+def _all(relation: Offences) -> Callable[[duckdb.DuckDBPyConnection, int], duckdb.DuckDBPyRelation]:
+    return lambda connection, _: relation(connection)
+
+
+def _wrong(relation: Offences) -> Callable[[duckdb.DuckDBPyConnection, int], duckdb.DuckDBPyRelation]:
+    return lambda connection, _: relation(connection).filter("wrong").project("environment, episode_id, step, found")
+
+
+def _audited(kind: str) -> Callable[[duckdb.DuckDBPyConnection, int], duckdb.DuckDBPyRelation]:
+    def find(connection: duckdb.DuckDBPyConnection, limit: int) -> duckdb.DuckDBPyRelation:
+        if kind in ("steps", "episodes"):
+            kept = getattr(audit_rewards(connection, {}, keep=limit), kind).kept
+        else:
+            kept = getattr(run_audit(connection, keep=limit), kind).kept
+        return connection.from_arrow(pa.Table.from_pylist(kept, schema=pa.schema(_KEPT)))
+
+    return find
+
+
+ROW_CHECKS: Mapping[str, RowCheck] = {
+    "structure": RowCheck(_all(structure.broken), "episodes", _OUTCOME),
+    "required_values": RowCheck(_all(structure.missing), "steps", ("is_last", *_ACTION, "executed")),
+    "episode_ends": RowCheck(_all(structure.wrong_ends), "steps", ("horizon", "is_last", "terminated", "truncated")),
+    "finite_values": RowCheck(_all(structure.not_finite), "steps", ("actor", "is_last")),
+    "feature_ranges": RowCheck(_all(structure.out_of_range), "steps", ("actor", "is_last")),
+    "legal_transitions": RowCheck(_all(dynamics.illegal), "steps", (*_ACTION, "executed", *_STAGES)),
+    "interventions_have_effect": RowCheck(
+        _all(dynamics.without_effect), "steps", (*_ACTION, "executed", "host_key", *_STAGES)
+    ),
+    "executed_flags": RowCheck(_all(dynamics.wrong_flags), "steps", ("op", "action_slot", "executed", "refused_by")),
+    "alpha_range": RowCheck(_all(dynamics.wrong_alpha), "steps", (*_ALPHAS, *_STAGES)),
+    "paired_control": RowCheck(
+        _all(dynamics.unpaired), "steps", ("host_key", "val_loss", "control_val_loss", "val_accuracy")
+    ),
+    "valid_actions": RowCheck(_audited("actions"), "steps", (*_ACTION, "valid_ops", "valid_slots")),
+    "masks_recompute": RowCheck(
+        _audited("masks"), "steps", ("valid_ops", "valid_slots", "forced", "max_seeds", "max_fossils", *_STAGES)
+    ),
+    "propensity_consistent": RowCheck(
+        _audited("propensities"), "steps", ("actor", "epsilon", "op", "behaviour_logp", "op_probs", "forced")
+    ),
+    "germinations_make_seeds": RowCheck(_wrong(effect.births), "steps", (*_ACTION, "executed", *_STAGES)),
+    "seeds_receive_gradient": RowCheck(
+        _wrong(effect.seeds),
+        "steps",
+        tuple(slot_column(slot, name) for name in ("gradient_norm", "blueprint") for slot in range(MAX_SLOTS)),
+    ),
+    "growth_changes_host": RowCheck(_wrong(effect.grown), "episodes", (*_OUTCOME, "num_fossils")),
+    "reward_recompute": RowCheck(_audited("steps"), "steps", _REWARD),
+    "return_telescopes": RowCheck(_audited("episodes"), "episodes", (*_OUTCOME, "control_final_val_accuracy")),
+    "duplicates": RowCheck(_all(leakage.doubled), "episodes", _OUTCOME),
+    "seed_split_leak": RowCheck(_all(leakage.leaked), "episodes", ("env_seed", *_OUTCOME)),
 }
-"""What each op makes of its slot by the next row. G1 starts TRAINING within the step that germinates; PRUNED lasts one
-epoch, so the next row may already show EMBARGOED."""
+"""The checks that single rows fail; the others are properties of the whole."""
 
 
-def one_step_relation() -> set[tuple[Stage, Stage]]:
-    """Return the changes of a slot that one step can bring: the table's, and pairs of which the first is instant."""
-    table = {(before, after) for before, allowed in LEGAL_TRANSITIONS.items() for after in allowed}
-    shortcuts = {(Stage.DORMANT, Stage.TRAINING)}
-    if COOLDOWN_EPOCHS[Stage.PRUNED] == 1:
-        shortcuts |= {(stage, Stage.EMBARGOED) for stage in LIVE_STAGES}
-    return table | shortcuts
+def failing_rows(connection: duckdb.DuckDBPyConnection, check_name: str, limit: int = 100) -> pa.Table:
+    """Return the rows that fail a check, in order of (environment, episode_id, step).
 
+    Args:
+        connection: A connection with the views `steps` and `episodes`, as `karn.catalogue.connect` returns it.
+        check_name: The check.
+        limit: The greatest number of rows.
 
-def slot_list(feature: str) -> str:
-    """Return the SQL list of a feature over the slots."""
-    return "[" + ", ".join(slot_column(slot, feature) for slot in range(MAX_SLOTS)) + "]"
+    Returns:
+        Columns environment, episode_id, step (null where the whole episode is wrong), found (what is wrong, in words)
+        and the columns of `steps` or `episodes` that explain it.
 
-
-def _lever_lists() -> str:
-    per_slot = ("[" + ", ".join(slot_column(slot, lever) for lever in LEVERS) + "]" for slot in range(MAX_SLOTS))
-    return "[" + ", ".join(per_slot) + "]"
-
-
-def _sequence(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make the views of sound rows, each beside the row that follows it."""
-    after = "OVER (PARTITION BY episode_id ORDER BY step)"
-    levers = "[" + ", ".join(f"{name}::INTEGER" for name in ACTION_FIELDS[1:]) + "]"
-    blended = "[" + ", ".join(str(int(stage)) for stage in sorted(BLENDED_STAGES)) + "]"
-    connection.execute(_ROWS)
-    columns = (
-        "episode_id, environment, step, is_last, op, action_slot, executed, host_key, outcome, root, has_patience, "
-        "terminated, val_loss, control_val_loss, "
-        f"first_value(host_key) {after} AS root_key, lead(host_key) {after} AS next_host_key, "
-        f"{slot_list('stage')} AS stages, lead({slot_list('stage')}) {after} AS next_stages, "
-        f"{levers} AS levers, lead({_lever_lists()}) {after} AS next_levers, "
-        f"list_has_any({slot_list('stage')}, {blended}) AS blended"
+    Raises:
+        UnknownNameError: There is no such check.
+        SpecError: The check has no rows.
+    """
+    if check_name not in load_thresholds():
+        raise unknown_name("health check", check_name, load_thresholds())
+    if check_name not in ROW_CHECKS:
+        raise _without_rows(check_name)
+    prepare(connection)
+    chosen = ROW_CHECKS[check_name]
+    first = "environment, episode_id, step, found"
+    found = chosen.find(connection, limit).order("environment, episode_id, step, found").limit(limit)
+    keyed = pa.table(found.project(first).to_arrow_table())
+    offending = connection.from_arrow(keyed.append_column("place", pa.array(range(keyed.num_rows), pa.int64())))
+    explaining = ", ".join(f"any_value({name}) AS {name}" for name in chosen.columns)
+    keys = "episode_id AS of_episode" + (", step AS of_step" if chosen.table == "steps" else "")
+    wanted = (
+        connection.table(chosen.table).filter(_among(keyed))
+        if keyed.num_rows
+        else connection.table(chosen.table).limit(0)
     )
-    connection.execute(_OBSERVED.format(columns=columns))
-    connection.execute(_SEQUENCE)
+    grouped = wanted.aggregate(f"{keys}, {explaining}", "episode_id" + (", step" if chosen.table == "steps" else ""))
+    on = "episode_id = of_episode" + (" AND step = of_step" if chosen.table == "steps" else "")
+    joined = offending.join(grouped, on, how="left").order("place")
+    return joined.project(", ".join((first, *chosen.columns))).to_arrow_table()
 
 
-def prepare(connection: duckdb.DuckDBPyConnection) -> None:
-    """Make the working tables and views (`health_*`) on a connection that has `steps` and `episodes`."""
-    connection.execute(_EPISODES)
-    _sequence(connection)
-    connection.execute(_MOVES)
-    connection.execute(_CHANGES.format(slots=MAX_SLOTS))
-    connection.execute("CREATE OR REPLACE TEMP TABLE health_legal (stage INTEGER, next_stage INTEGER)")
-    connection.execute("CREATE OR REPLACE TEMP TABLE health_caused (op VARCHAR, stage INTEGER, next_stage INTEGER)")
-    legal = [[int(before), int(after)] for before, after in sorted(one_step_relation())]
-    caused = [[op.name, int(before), int(after)] for op, pairs in CAUSED.items() for before, after in pairs]
-    connection.executemany("INSERT INTO health_legal VALUES (?, ?)", legal)
-    connection.executemany("INSERT INTO health_caused VALUES (?, ?, ?)", caused)
+def _among(keyed: pa.Table) -> str:
+    ids = sorted(set(keyed["episode_id"].to_pylist()))
+    return "episode_id IN (" + ", ".join("'" + name.replace("'", "''") + "'" for name in ids) + ")"
+
+
+def _without_rows(check_name: str) -> UnknownNameError | SpecError:
+    listed = ", ".join(ROW_CHECKS)
+    return SpecError(f"check {check_name!r} is a property of the whole dataset and has no rows\n  with rows: {listed}")

@@ -90,12 +90,13 @@ def _validate(context: Any, suite: str, frame: pd.DataFrame, thresholds: Mapping
     """Run one suite; return which environments failed which threshold."""
     source = context.data_sources.add_pandas(f"{suite}-measures")
     batch = source.add_dataframe_asset(suite).add_batch_definition_whole_dataframe("whole")
-    built = context.suites.add(gx.ExpectationSuite(suite))
-    for check in frame.columns.drop("environment"):
-        threshold = thresholds[check]
-        for level, limit in ((Level.BLOCK, threshold.block), (Level.WARN, threshold.warn)):
-            if limit is not None:
-                built.add_expectation(_expectation(check, threshold, level, limit))
+    expectations = [
+        _expectation(check, thresholds[check], level, limit)
+        for check in frame.columns.drop("environment")
+        for level, limit in ((Level.BLOCK, thresholds[check].block), (Level.WARN, thresholds[check].warn))
+        if limit is not None
+    ]
+    built = context.suites.add(gx.ExpectationSuite(suite, expectations=expectations))
     definition = context.validation_definitions.add(gx.ValidationDefinition(name=suite, data=batch, suite=built))
     outcome = definition.run(batch_parameters={"dataframe": frame}, result_format=_RESULT_FORMAT)
     failed: Failed = {}

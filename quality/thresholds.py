@@ -12,7 +12,7 @@ from esper.leyline.verdict import Use
 
 THRESHOLDS_FILE = Path(__file__).with_name("thresholds.toml")
 
-SuiteName = Literal["structure", "dynamics", "value", "coverage", "behaviour", "leakage"]
+SuiteName = Literal["structure", "dynamics", "value", "coverage", "behaviour", "leakage", "effect"]
 
 
 class Threshold(Spec):

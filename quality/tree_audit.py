@@ -1,19 +1,22 @@
 """Masks, actions and propensities, recomputed with leyline's own tree operations, one batch of decision rows at a time.
 
-Masks repeat from row to row, so what depends on the mask alone is computed once per distinct mask of a batch.
+Masks repeat from row to row, and so do the columns that they follow from: what depends on them alone is computed once
+per distinct combination of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import duckdb
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+import pyarrow.compute as pc
 
 from esper.leyline.actions import (
+    ACTION_WIDTH,
+    DWELL_EPOCHS,
     LEVER_SIZES,
     LEVERS,
     MAX_SLOTS,
@@ -34,122 +37,48 @@ from esper.leyline.observations import slot_column
 from esper.leyline.schema import ACTION_FIELDS
 from esper.leyline.specs import EnvironmentSpec
 from esper.leyline.tree import log_prob, log_softmax, uniform_logits
-from quality.measures import Measure, rows
+from quality.arrays import Floats, Ints, flags, numbers, ops
+from quality.audit import Tally, TreeAudit
+from quality.measures import rows
+from quality.propensities import add_calibration, add_ratios, impossible
 
-BATCH_ROWS = 65_536
-LOGP_TOLERANCE = 1e-6
+BATCH_ROWS = 131_072
 MASK_BYTES = (TREE_WIDTH + 7) // 8
-
-DETERMINISTIC_KINDS = ("heuristic", "never-act", "schedule")
-"""Controllers whose greedy action is certain: at epsilon 0 their propensity is 1."""
 
 _MASK_FEATURES = (
     *("num_slots", "max_seeds", "max_fossils", "param_budget", "seed_params"),
     *(slot_column(slot, name) for name in ("stage", "epochs_in_stage", "dwell") for slot in range(MAX_SLOTS)),
 )
 _OTHERS = (
-    *("environment", "environment_id", "env_seed", "role", "episode_id", "step", "kind", "replayed", "forced"),
-    *("valid_ops", "valid_slots", "tree_mask", "op", "epsilon", "temperature", "plan", "behaviour_logp", "op_probs"),
+    *("environment", "environment_id", "env_seed", "role", "episode_id", "number", "step", "kind", "replayed"),
+    *("forced", "valid_ops", "valid_slots", "tree_mask", "op", "epsilon", "temperature", "plan"),
+    *("behaviour_logp", "op_probs"),
 )
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
 GERMINATE_ENTRIES = np.zeros(TREE_WIDTH, dtype=bool)
 GERMINATE_ENTRIES[Op.GERMINATE] = True
 GERMINATE_ENTRIES[slot_slice(Op.GERMINATE)] = True
 GERMINATE_ENTRIES[lever_slice(0, 0).start :] = True
 
 
-@dataclass
-class _Tally:
-    """Offences of one kind by environment."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, str] = field(default_factory=dict)
-
-    def add(self, batch: pa.Table, wrong: Bools, what: str) -> None:
-        """Count the rows that are wrong and keep the first as an example."""
-        found = batch.select(["environment", "episode_id", "step"]).filter(pa.array(wrong))
-        for environment, number in zip(*np.unique(found["environment"].to_numpy(), return_counts=True)):
-            self.counts[environment] = self.counts.get(environment, 0) + int(number)
-            if environment not in self.examples:
-                row = found.filter(pa.compute.equal(found["environment"], environment)).slice(0, 1).to_pylist()[0]
-                self.examples[environment] = f"{what} (episode {row['episode_id']} step {row['step']})"
-
-    def measures(self, check: str, names: Sequence[str], sound: str) -> list[Measure]:
-        """Return the count of every environment."""
-        return [
-            Measure(
-                check=check,
-                environment=name,
-                value=float(self.counts.get(name, 0)),
-                message=f"{self.counts[name]} rows; for example {self.examples[name]}"
-                if name in self.counts
-                else sound,
-            )
-            for name in names
-        ]
-
-
-@dataclass(frozen=True, slots=True)
-class RatioSums:
-    """Of the rows of one env_seed: the sum of u(a) / mu(a) - 1, of its square, and their number."""
-
-    total: float = 0.0
-    squares: float = 0.0
-    rows: int = 0
-
-    def __add__(self, other: RatioSums) -> RatioSums:
-        """Return the sums over both sets of rows."""
-        return RatioSums(self.total + other.total, self.squares + other.squares, self.rows + other.rows)
-
-
-@dataclass
-class TreeAudit:
-    """What one pass over the decision rows found.
-
-    Attributes:
-        masks: Masks that do not follow from the row's own columns.
-        actions: Actions that are not canonical or not in their mask.
-        propensities: Propensities that no mixture of a policy with u can have.
-        ratios: What the propensity audit needs, by (environment, env_seed).
-    """
-
-    masks: _Tally = field(default_factory=_Tally)
-    actions: _Tally = field(default_factory=_Tally)
-    propensities: _Tally = field(default_factory=_Tally)
-    ratios: dict[tuple[str, int], RatioSums] = field(default_factory=dict)
+def _mask_key() -> str:
+    """The SQL of a hash of all that the stored mask is compared with; epochs count up to the longest dwell alone."""
+    parts = ["environment_id", "tree_mask", "valid_ops", "valid_slots", "forced", "param_budget IS NULL"]
+    for name in _MASK_FEATURES:
+        if name.endswith("_epochs_in_stage"):
+            parts.append(f"least({name}, {max(DWELL_EPOCHS)})")
+        elif name not in ("param_budget", "seed_params"):
+            parts.append(name)
+    return f"hash({', '.join(parts)})"
 
 
 def batches(connection: duckdb.DuckDBPyConnection) -> Iterator[pa.Table]:
     """Yield the sound decision rows with the columns that the audit reads."""
     columns = ", ".join((*_OTHERS, *_MASK_FEATURES, *ACTION_FIELDS))
-    joined = connection.sql(
-        "SELECT s.*, e.environment_id FROM health_rows AS s JOIN health_episodes AS e USING (episode_id) "
-        "WHERE NOT s.is_last AND s.op IS NOT NULL"
-    )
-    reader = joined.project(columns).to_arrow_reader(BATCH_ROWS)
-    for batch in reader:
+    decided = connection.table("health_rows").filter("NOT is_last AND op IS NOT NULL")
+    for batch in decided.project(f"{columns}, {_mask_key()} AS mask_key").to_arrow_reader(BATCH_ROWS):
         if batch.num_rows:
             yield pa.Table.from_batches([batch])
-
-
-def numbers(batch: pa.Table, name: str) -> Floats:
-    """Return a column as float64 [N], NaN where null."""
-    column = batch[name].cast(pa.float64()).combine_chunks()
-    result: Floats = pa.compute.fill_null(column, np.nan).to_numpy(zero_copy_only=False)
-    return result
-
-
-def flags(batch: pa.Table, name: str) -> Bools:
-    """Return a boolean column, bool [N]; null is false."""
-    return np.asarray(pa.compute.fill_null(batch[name], False).to_numpy(), dtype=bool)
-
-
-def ops(batch: pa.Table) -> Ints:
-    """Return the codes of `op`, int64 [N]; -1 where the name is unknown or null."""
-    found = pa.compute.index_in(batch["op"].cast(pa.string()), pa.array([op.name for op in Op]))
-    return np.asarray(pa.compute.fill_null(found, -1).to_numpy(), dtype=np.int64)
 
 
 def coherent(mask_NT: Bools) -> Bools:
@@ -164,16 +93,15 @@ def coherent(mask_NT: Bools) -> Bools:
     return good
 
 
-def _distinct_masks(batch: pa.Table) -> tuple[Bools, Ints, Bools]:
-    """Return the distinct masks, each row's index among them, and the rows whose mask has the wrong length."""
+def _stored_masks(batch: pa.Table) -> tuple[Bools, Bools]:
+    """Return the masks of rows, bool [U, T], and which of them have the wrong length (WAIT alone stands for them)."""
     column = batch["tree_mask"].combine_chunks()
-    bad = np.asarray(pa.compute.not_equal(pa.compute.binary_length(column), MASK_BYTES).to_numpy(zero_copy_only=False))
+    bad = np.asarray(pc.not_equal(pc.binary_length(column), MASK_BYTES).to_numpy(zero_copy_only=False)).astype(bool)
     wait_only = np.zeros((1, TREE_WIDTH), dtype=bool)
     wait_only[0, Op.WAIT] = True
-    column = pa.compute.if_else(pa.array(bad), pa.scalar(pack_mask(wait_only).tobytes(), column.type), column)
-    encoded = column.dictionary_encode()
-    packed = np.frombuffer(b"".join(encoded.dictionary.to_pylist()), dtype=np.uint8).reshape(-1, MASK_BYTES)
-    return unpack_mask(packed), encoded.indices.to_numpy().astype(np.int64), bad.astype(bool)
+    column = pc.if_else(pa.array(bad), pa.scalar(pack_mask(wait_only).tobytes(), column.type), column)
+    packed = np.frombuffer(b"".join(column.to_pylist()), dtype=np.uint8).reshape(-1, MASK_BYTES)
+    return unpack_mask(packed), bad
 
 
 def _expected_masks(batch: pa.Table, rules: dict[str, LeverRules]) -> Bools:
@@ -181,109 +109,94 @@ def _expected_masks(batch: pa.Table, rules: dict[str, LeverRules]) -> Bools:
     columns = {name: numbers(batch, name) for name in _MASK_FEATURES}
     columns["param_budget"] = np.full(batch.num_rows, np.nan)
     expected = np.zeros((batch.num_rows, TREE_WIDTH), dtype=bool)
-    ids = batch["environment_id"].to_numpy()
+    ids = batch["environment_id"].to_numpy().astype(str)
     for environment_id in np.unique(ids):
         of = ids == environment_id
-        expected[of] = build_mask({name: values[of] for name, values in columns.items()}, rules[environment_id])
+        expected[of] = build_mask({name: values[of] for name, values in columns.items()}, rules[str(environment_id)])
     return expected
 
 
-def _bitmaps_agree(batch: pa.Table, masks_UT: Bools, index_N: Ints) -> Bools:
-    """Return bool [N]: `valid_ops`, `valid_slots` and `forced` say what the mask says."""
+def _bitmaps_agree(batch: pa.Table, masks_UT: Bools) -> Bools:
+    """Return bool [U]: `valid_ops`, `valid_slots` and `forced` say what the mask says."""
     ops_U = masks_UT[:, OP_SLICE] @ (1 << np.arange(NUM_OPS))
     powers = 1 << np.arange(MAX_SLOTS)
     slots_U = np.zeros((len(masks_UT), NUM_OPS), dtype=np.int64)
     for op in range(1, NUM_OPS):
         slots_U[:, op] = masks_UT[:, slot_slice(op)] @ powers
-    good = batch["valid_ops"].to_numpy() == ops_U[index_N]
-    good &= flags(batch, "forced") == is_forced(masks_UT)[index_N]
+    good = batch["valid_ops"].to_numpy() == ops_U
+    good &= flags(batch, "forced") == is_forced(masks_UT)
     lists = batch["valid_slots"].combine_chunks()
-    if (pa.compute.list_value_length(lists).to_numpy() != NUM_OPS).any():
-        return np.zeros(batch.num_rows, dtype=bool)
-    stored = pa.compute.list_flatten(lists).to_numpy().reshape(-1, NUM_OPS)
-    return np.asarray(good & (stored == slots_U[index_N]).all(axis=1), dtype=bool)
+    told = np.asarray(pc.equal(pc.list_value_length(lists), NUM_OPS).fill_null(False))
+    good &= told
+    stored = pc.list_flatten(lists.filter(pa.array(told))).to_numpy().reshape(-1, NUM_OPS)
+    good[told] &= (stored == slots_U[told]).all(axis=1)
+    return np.asarray(good, dtype=bool)
 
 
-def _check_masks(audit: TreeAudit, batch: pa.Table, rules: dict[str, LeverRules]) -> tuple[Bools, Ints, Bools]:
-    """Tally wrong masks; return the distinct masks, the index of each row, and which distinct ones are coherent."""
-    masks_UT, index_N, bad = _distinct_masks(batch)
-    sound_U = coherent(masks_UT)
-    stored, expected = masks_UT[index_N], _expected_masks(batch, rules)
-    differs = stored != expected
+@dataclass(frozen=True, slots=True)
+class _Masks:
+    """The distinct masks of a batch, bool [U, T], the index of each row among them, and which are coherent."""
+
+    masks_UT: Bools
+    index_N: Ints
+    sound_U: Bools
+
+
+def _check_masks(audit: TreeAudit, batch: pa.Table, rules: dict[str, LeverRules]) -> _Masks:
+    """Tally wrong masks; return the distinct ones."""
+    _, first, index_N = np.unique(batch["mask_key"].to_numpy(), return_index=True, return_inverse=True)
+    distinct = batch.take(pa.array(first))
+    stored, bad = _stored_masks(distinct)
+    sound_U = coherent(stored)
     # A parameter budget can only take GERMINATE choices away.
-    budget = np.isfinite(numbers(batch, "param_budget"))
+    budget = np.isfinite(numbers(distinct, "param_budget"))
     allowed = budget[:, None] & GERMINATE_ENTRIES & ~stored
-    wrong = bad | ~sound_U[index_N] | (differs & ~allowed).any(axis=1)
-    audit.masks.add(batch, wrong, "tree_mask is not what the columns imply")
-    audit.masks.add(
-        batch, ~wrong & ~_bitmaps_agree(batch, masks_UT, index_N), "valid_ops, valid_slots or forced differ"
-    )
-    return masks_UT, index_N, sound_U
+    differs = (stored != _expected_masks(distinct, rules)) & ~allowed
+    wrong_U = bad | ~sound_U | differs.any(axis=1)
+    other_U = ~wrong_U & ~_bitmaps_agree(distinct, stored)
+    audit.masks.add(batch, wrong_U[index_N], "tree_mask is not what the columns imply")
+    audit.masks.add(batch, other_U[index_N], "valid_ops, valid_slots or forced differ")
+    return _Masks(stored, index_N, sound_U)
+
+
+def _distinct_actions(batch: pa.Table, index_N: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return the distinct (mask, action) pairs: the mask's index [P], the action [P, A], and each row's pair [N]."""
+    heads = [numbers(batch, name) for name in ACTION_FIELDS]
+    actions = np.nan_to_num(np.stack([ops(batch).astype(np.float64), *heads], axis=1), nan=-1).astype(np.int64)
+    codes = index_N.astype(np.int64)
+    for column in range(ACTION_WIDTH):
+        codes = codes * 32 + np.clip(actions[:, column], -1, 30) + 1
+    _, first, pair_N = np.unique(codes, return_index=True, return_inverse=True)
+    return index_N[first], actions[first], pair_N
 
 
 def _audit_batch(audit: TreeAudit, batch: pa.Table, rules: dict[str, LeverRules]) -> None:
-    masks_UT, index_N, sound_U = _check_masks(audit, batch, rules)
-    heads = [numbers(batch, name) for name in ACTION_FIELDS]
-    actions = np.nan_to_num(np.stack([ops(batch).astype(np.float64), *heads], axis=1), nan=-1).astype(np.int64)
-    valid = is_valid(actions, masks_UT[index_N])
-    audit.actions.add(batch, ~valid, "the action is not canonical or not in its mask")
-    usable = valid & sound_U[index_N]
-    logp_u = np.full(batch.num_rows, np.nan)
-    uniform_UT = np.full(masks_UT.shape, -np.inf)
-    uniform_UT[sound_U] = log_softmax(uniform_logits(int(sound_U.sum())), masks_UT[sound_U])
-    logp_u[usable] = log_prob(uniform_UT[index_N[usable]], actions[usable], masks_UT[index_N[usable]])
-    wrong = _impossible(batch, masks_UT[index_N], np.exp(uniform_UT[index_N][:, OP_SLICE]), actions[:, 0], logp_u)
-    audit.propensities.add(batch, wrong & usable, "behaviour_logp or op_probs cannot be")
-    _add_ratios(audit, batch, usable & ~wrong, logp_u)
-
-
-def _impossible(batch: pa.Table, mask_NT: Bools, uniform_ops_N5: Floats, op_N: Ints, logp_u: Floats) -> Bools:
-    """Return bool [N]: the propensity contradicts (1 - epsilon) policy + epsilon u."""
-    logp, epsilon = numbers(batch, "behaviour_logp"), numbers(batch, "epsilon")
-    known = np.isfinite(logp)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        floor = np.log(epsilon) + logp_u
-        mass, least = np.exp(logp), epsilon * np.exp(logp_u)
-        wrong = known & ((logp > LOGP_TOLERANCE) | (logp < floor - LOGP_TOLERANCE))
-    kind = batch["kind"].to_numpy()
-    certain = np.isin(kind, DETERMINISTIC_KINDS) | ((kind == "random") & (epsilon == 1))
-    certain &= np.isnan(numbers(batch, "temperature"))
-    greedy = np.abs(mass - least - (1 - epsilon)) <= LOGP_TOLERANCE
-    explored = (epsilon > 0) & (np.abs(mass - least) <= LOGP_TOLERANCE)
-    wrong |= known & certain & ~greedy & ~explored
-    wrong |= known & is_forced(mask_NT) & (np.abs(logp) > LOGP_TOLERANCE)
-    lists = batch["op_probs"].combine_chunks()
-    told = np.asarray(pa.compute.equal(pa.compute.list_value_length(lists), NUM_OPS).fill_null(False))
-    probs = np.full((batch.num_rows, NUM_OPS), np.nan)
-    told_lists = lists.filter(pa.array(told))
-    probs[told] = pa.compute.list_flatten(told_lists).to_numpy(zero_copy_only=False).reshape(-1, NUM_OPS)
-    told &= np.isfinite(probs).all(axis=1)
-    chosen = np.take_along_axis(probs, np.clip(op_N, 0, NUM_OPS - 1)[:, None], axis=1)[:, 0]
-    with np.errstate(invalid="ignore"):
-        off = np.abs(probs.sum(axis=1) - 1) > LOGP_TOLERANCE
-        off |= (probs < epsilon[:, None] * uniform_ops_N5 - LOGP_TOLERANCE).any(axis=1)
-        off |= (~mask_NT[:, OP_SLICE] & (probs > LOGP_TOLERANCE)).any(axis=1)
-        off |= known & (mass > chosen + LOGP_TOLERANCE)
-    return np.asarray(wrong | (told & off), dtype=bool)
-
-
-def _add_ratios(audit: TreeAudit, batch: pa.Table, usable: Bools, logp_u: Floats) -> None:
-    """Add u / mu - 1 of the rows that were drawn with 0 < epsilon < 1 (at 1, mu is u and the ratio says nothing)."""
-    logp, epsilon = numbers(batch, "behaviour_logp"), numbers(batch, "epsilon")
-    take = usable & np.isfinite(logp) & (epsilon > 0) & (epsilon < 1) & np.isnan(numbers(batch, "plan"))
-    take &= ~flags(batch, "replayed") & ~flags(batch, "forced")
-    if not take.any():
-        return
-    excess = np.exp(logp_u[take] - logp[take]) - 1
-    drawn = batch.select(["environment", "env_seed"]).filter(pa.array(take))
-    drawn = drawn.append_column("excess", pa.array(excess)).append_column("square", pa.array(excess**2))
-    sums = drawn.group_by(["environment", "env_seed"]).aggregate(
-        [("excess", "sum"), ("square", "sum"), ("excess", "count")]
+    masks = _check_masks(audit, batch, rules)
+    mask_P, actions_P, pair_N = _distinct_actions(batch, masks.index_N)
+    masks_PT = masks.masks_UT[mask_P]
+    valid_P = is_valid(actions_P, masks_PT)
+    audit.actions.add(batch, ~valid_P[pair_N], "the action is not canonical or not in its mask")
+    usable_P = valid_P & masks.sound_U[mask_P]
+    uniform_UT = np.full(masks.masks_UT.shape, -np.inf)
+    some = masks.sound_U
+    if some.any():
+        uniform_UT[some] = log_softmax(uniform_logits(int(some.sum())), masks.masks_UT[some])
+    logp_P: Floats = np.full(len(mask_P), np.nan)
+    if usable_P.any():
+        logp_P[usable_P] = log_prob(uniform_UT[mask_P[usable_P]], actions_P[usable_P], masks_PT[usable_P])
+    usable, logp_u, op_N = usable_P[pair_N], logp_P[pair_N], actions_P[:, 0][pair_N]
+    wrong = impossible(
+        batch,
+        masks.masks_UT[:, OP_SLICE][masks.index_N],
+        is_forced(masks.masks_UT)[masks.index_N],
+        np.exp(uniform_UT[:, OP_SLICE])[masks.index_N],
+        op_N,
+        logp_u,
     )
-    for row in sums.to_pylist():
-        key = (row["environment"], row["env_seed"])
-        new = RatioSums(row["excess_sum"], row["square_sum"], row["excess_count"])
-        audit.ratios[key] = audit.ratios.get(key, RatioSums()) + new
+    wrong &= usable & ~flags(batch, "replayed")  # a replayed prefix was drawn by its parent
+    audit.propensities.add(batch, wrong, "behaviour_logp or op_probs cannot be")
+    add_ratios(audit, batch, usable & ~wrong, logp_u)
+    add_calibration(audit, batch, usable & ~wrong, op_N)
 
 
 def lever_rules(connection: duckdb.DuckDBPyConnection) -> dict[str, LeverRules]:
@@ -296,10 +209,10 @@ def lever_rules(connection: duckdb.DuckDBPyConnection) -> dict[str, LeverRules]:
     }
 
 
-def run_audit(connection: duckdb.DuckDBPyConnection) -> TreeAudit:
-    """Return what one pass over the sound decision rows finds."""
+def run_audit(connection: duckdb.DuckDBPyConnection, *, keep: int = 0) -> TreeAudit:
+    """Return what one pass over the sound decision rows finds; `keep` rows of each kind of offence are kept."""
     rules = lever_rules(connection)
-    audit = TreeAudit()
+    audit = TreeAudit(masks=Tally(keep), actions=Tally(keep), propensities=Tally(keep))
     for batch in batches(connection):
         _audit_batch(audit, batch, rules)
     return audit

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from esper.cli.launch import default_workers, launch
+from esper.cli.output import note_verdict
 
 if TYPE_CHECKING:
     from flows.datagen import DatagenRequest, Generated
@@ -27,6 +28,7 @@ def datagen(
     epsilons: Annotated[list[float] | None, Parameter(consume_multiple=True)] = None,
     max_epochs: int | None = None,
     retry_failed: Annotated[bool, Parameter(negative="")] = False,
+    no_health: Annotated[bool, Parameter(negative="")] = False,
     no_prefect: Annotated[bool, Parameter(negative="")] = False,
     run_name: str | None = None,
 ) -> None:
@@ -45,6 +47,7 @@ def datagen(
         epsilons: These epsilons instead of the matrix's.
         max_epochs: Shorten the horizon (another environment id: for trying out).
         retry_failed: Run episodes again that are stored as failed.
+        no_health: Leave the version unchecked; `esper health` does it later.
         no_prefect: Run in process, without a Prefect server.
         run_name: Name of the run's folder (default: command and time).
     """
@@ -58,6 +61,7 @@ def datagen(
             "workers": default_workers() if workers is None else workers,
             "selection": _selection(env_ids, policy_ids, epsilons, max_epochs),
             "retry_failed": retry_failed,
+            "health": not no_health,
             "run_name": run_name,
         },
         "esper datagen",
@@ -84,6 +88,8 @@ def _selection(
 def _print_estimate(request: DatagenRequest, estimate: Estimate) -> None:
     ratio = estimate.measured_ratio
     print(f"episodes                           {estimate.episodes:>10,}")
+    if estimate.branches:
+        print(f"  of them branches                 {estimate.branches:>10,}")
     print(f"cohorts                            {estimate.cohorts:>10,}")
     print(f"host epochs, each episode alone    {estimate.alone_epochs:>10,}")
     print(f"host epochs at the least (trunks)  {estimate.least_epochs:>10,}")
@@ -107,4 +113,5 @@ def _print_generated(result: Generated) -> None:
     if result.failed_episodes:
         print(f'failed     their rows say why: esper sql "{FAILED_QUERY}" --dataset {version.ref}')
         print("           --retry-failed runs them again")
+    note_verdict(version)
     print(f"next: esper health {version.ref}")

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from esper.cli.launch import default_workers, launch
+from esper.cli.output import note_verdict
 
 
 def evaluate(
@@ -34,6 +35,7 @@ def evaluate(
         run_name: Name of the run's folder (default: command and time).
     """
     from esper.cli.comparison import print_comparison
+    from esper.karn.store import open_store
     from flows.evaluation import EvaluateRequest, require_controls, run_evaluation
 
     request = EvaluateRequest.parse(
@@ -49,6 +51,7 @@ def evaluate(
     )
     evaluation, path = launch("evaluate", request, run_evaluation, prefect=not no_prefect)
     print_comparison(evaluation)
+    note_verdict(open_store(store).resolve(dataset))
     print(f"result  {path}")
     require_controls(evaluation)
     print(f"next: esper report {dataset} --run-name {path.parent.name}")

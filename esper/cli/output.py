@@ -13,6 +13,8 @@ from esper.leyline.errors import SpecError, StoreError
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from esper.karn.versions import Version
+
 Format = Literal["table", "csv", "json", "parquet"]
 
 MAX_TABLE_ROWS = 200
@@ -22,6 +24,27 @@ SUFFIXES: dict[str, Format] = {".csv": "csv", ".json": "json", ".parquet": "parq
 def note(text: str) -> None:
     """Print a line for the reader, on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def note_verdict(version: Version, *, only_bad: bool = False) -> None:
+    """Print one line on stderr: what a version is fit for (`only_bad`: where it is blocked or was never checked)."""
+    from esper.karn.verdict_text import verdict_line
+
+    line = verdict_line(version, only_bad=only_bad)
+    if line is not None:
+        note(line)
+
+
+def write_text(text: str, output: Path | None) -> None:
+    """Write text to a file, or to stdout where `output` is None; StoreError where it cannot be written."""
+    if output is None:
+        print(text, end="" if text.endswith("\n") else "\n")
+        return
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write {output}: {error.strerror}") from None
+    note(f"written to {output}")
 
 
 def choose_format(given: Format | None, output: Path | None) -> Format:

@@ -7,6 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from esper.cli.launch import launch
+from esper.cli.output import note_verdict
 
 
 def report(
@@ -25,7 +26,9 @@ def report(
         run_name: The run (default: the newest with a comparison).
         no_prefect: Run in process, without a Prefect server.
     """
+    from esper.karn.store import open_store
     from flows.report import ReportRequest, run_report
 
     request = ReportRequest.parse({"dataset": dataset, "store": store, "run_name": run_name}, "esper report")
+    note_verdict(open_store(store).resolve(dataset))
     print(f"report: {launch('report', request, run_report, prefect=not no_prefect)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from esper.cli.output import Format, choose_format, note, write_table
+from esper.cli.output import Format, choose_format, note, note_verdict, write_table
 from esper.leyline.errors import SpecError
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def sql(
     result = run_query(version, text, timeout_s=timeout)
     write_table(result, choose_format(format, output), output)
     note(f"{result.num_rows:,} rows from {version.ref}")
+    note_verdict(version, only_bad=True)
 
 
 def _list(queries: dict[str, str], form: Format, output: Path | None) -> None:

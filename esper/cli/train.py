@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import App, Parameter
 
 from esper.cli.launch import default_workers, launch
+from esper.cli.output import note_verdict
 
 if TYPE_CHECKING:
     from esper.leyline.controller_specs import LearnedPolicy
@@ -27,7 +28,7 @@ def bc(
     *,
     seed: int = 0,
     name: str | None = None,
-    allow_unchecked: Flag = False,
+    override_health: str | None = None,
     store: str | None = None,
     no_prefect: Flag = False,
     run_name: str | None = None,
@@ -38,7 +39,7 @@ def bc(
         dataset: NAME or NAME@n.
         seed: Training seed.
         name: The policy's name (default: the algorithm's).
-        allow_unchecked: Train without a verdict or against it; the checkpoint records it.
+        override_health: Reason to train without a verdict or against it; every later report prints it.
         store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
         no_prefect: Run in process, without a Prefect server.
         run_name: Name of the run's folder (default: command and time).
@@ -53,7 +54,7 @@ def iql(
     *,
     seed: int = 0,
     name: str | None = None,
-    allow_unchecked: Flag = False,
+    override_health: str | None = None,
     store: str | None = None,
     no_prefect: Flag = False,
     run_name: str | None = None,
@@ -64,7 +65,7 @@ def iql(
         dataset: NAME or NAME@n.
         seed: Training seed.
         name: The policy's name (default: the algorithm's).
-        allow_unchecked: Train without a verdict or against it; the checkpoint records it.
+        override_health: Reason to train without a verdict or against it; every later report prints it.
         store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
         no_prefect: Run in process, without a Prefect server.
         run_name: Name of the run's folder (default: command and time).
@@ -79,7 +80,7 @@ def cql(
     *,
     seed: int = 0,
     name: str | None = None,
-    allow_unchecked: Flag = False,
+    override_health: str | None = None,
     store: str | None = None,
     no_prefect: Flag = False,
     run_name: str | None = None,
@@ -90,7 +91,7 @@ def cql(
         dataset: NAME or NAME@n.
         seed: Training seed.
         name: The policy's name (default: the algorithm's).
-        allow_unchecked: Train without a verdict or against it; the checkpoint records it.
+        override_health: Reason to train without a verdict or against it; every later report prints it.
         store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
         no_prefect: Run in process, without a Prefect server.
         run_name: Name of the run's folder (default: command and time).
@@ -99,10 +100,12 @@ def cql(
 
 
 def _offline(algorithm: str, given: dict[str, Any]) -> None:
+    from esper.karn.store import open_store
     from flows.training import TrainRequest, run_training
 
     prefect = not given.pop("no_prefect")
     request = TrainRequest.parse({"algorithm": algorithm, **given}, f"esper train {algorithm}")
+    note_verdict(open_store(request.store).resolve(request.dataset))
     _print_policy(launch(f"train-{algorithm}", request, run_training, prefect=prefect), request.dataset)
 
 
@@ -156,7 +159,9 @@ def ppo(
         },
         "esper train ppo",
     )
-    _print_policy(launch("train-ppo", request, run_ppo, prefect=not no_prefect), dataset)
+    policy = launch("train-ppo", request, run_ppo, prefect=not no_prefect)
+    note_verdict(request.resolve()[1])
+    _print_policy(policy, dataset)
 
 
 def _print_policy(policy: LearnedPolicy, dataset: str | None) -> None:

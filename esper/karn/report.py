@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from esper.karn import comparison_table as tables
 from esper.karn import report_data as data
 from esper.karn import report_figures as figures
+from esper.karn import verdict_text as health
+from esper.karn.overrides import overrides_of
 from esper.karn.store import Version
 from esper.leyline.comparison import ArmResult, BestFixed, ControlResult, Evaluation
 from esper.leyline.errors import StoreError
-from esper.leyline.verdict import CheckResult, Level, Use, Verdict
-
-LEVEL_ORDER = (Level.BLOCK, Level.WARN, Level.PASS, Level.REPORT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +75,9 @@ def render(version: Version, evaluation: Evaluation | None, telemetry: data.Tele
         "facts": _facts(version, telemetry, evaluation),
         "counts": data.read_counts(version),
         "verdict": verdict,
-        "uses": [] if verdict is None else [(use.value, verdict.level(use).value) for use in Use],
-        "checks": [] if verdict is None else [_check_row(check) for check in _sorted_checks(verdict)],
+        "uses": [] if verdict is None else list(health.levels(verdict).items()),
+        "checks": [] if verdict is None else [health.check_row(check) for check in health.sorted_checks(verdict)],
+        "overrides": health.override_lines(overrides_of(version)),
         "curves": [_curve_panels(policy, metrics) for policy, metrics in telemetry.curves.items()],
         "num_unreadable": telemetry.num_unreadable,
         "traces": [_trace_picture(cohort) for cohort in data.read_traces(version)],
@@ -135,33 +134,6 @@ def _duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.1f} min"
     return f"{seconds / 3600:.1f} h"
-
-
-def _sorted_checks(verdict: Verdict) -> list[CheckResult]:
-    return sorted(verdict.checks, key=lambda check: (LEVEL_ORDER.index(check.level), check.name, check.environment))
-
-
-def _check_row(check: CheckResult) -> dict[str, str]:
-    thresholds = [
-        f"{word} {_short(threshold)}"
-        for word, threshold in (("warn", check.warn_threshold), ("block", check.block_threshold))
-        if threshold is not None
-    ]
-    return {
-        "level": check.level.value,
-        "name": check.name.replace("_", " "),
-        "environment": check.environment,
-        "value": "–" if check.value is None else _short(check.value),
-        "thresholds": "\n".join(thresholds) or "–",
-        "message": check.message,
-        "remedy": check.remedy if check.level in (Level.BLOCK, Level.WARN) else "",
-    }
-
-
-def _short(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}".replace("-", "−")
 
 
 def _control_row(control: ControlResult) -> dict[str, str]:

@@ -68,15 +68,16 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _figure(width: float, height: float) -> Iterator[Figure]:
+def canvas(width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of a size in inches, in the style of the report."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
         yield figure
 
 
-def _uri(figure: Figure) -> str:
-    """The figure as a data URI; the same figure gives the same bytes."""
+def data_uri(figure: Figure) -> str:
+    """Return the figure as a data URI; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -109,7 +110,7 @@ def _capped(positions: Sequence[float], highest: float, gap: float) -> list[floa
     return capped
 
 
-def _margin_labels(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
+def margin_labels(axes: Any, points: Sequence[tuple[float, float, str, str]]) -> None:
     """Write (x, y, text, colour) labels in the right margin, clear of each other, with a thin leader to each point."""
     low, high = axes.get_ylim()
     height = axes.figure.get_size_inches()[1] * 0.8
@@ -132,7 +133,7 @@ def _margin_labels(axes: Any, points: Sequence[tuple[float, float, str, str]]) -
 
 def trace_figure(cohort: CohortTrace) -> str:
     """Draw one cohort: the trunk bold, every other lineage thin, marks where actions were carried out."""
-    with _figure(5.6, 3.5) as figure:
+    with canvas(5.6, 3.5) as figure:
         axes = figure.add_subplot()
         trunk = 100 * np.array(cohort.trunk)
         axes.add_collection(LineCollection(_lineage_edges(cohort), colors="#8fb4d0", linewidths=0.8, alpha=0.75))
@@ -161,10 +162,10 @@ def trace_figure(cohort: CohortTrace) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         labels = [(len(trunk) - 1, float(trunk[-1]), "trunk: never act", INK)] if len(trunk) else []
         labels += [(len(one.accuracy) - 1, 100 * one.accuracy[-1], one.label, "#2b6f9e") for one in _named(cohort)]
-        _margin_labels(axes, labels)
+        margin_labels(axes, labels)
         if any(episode.actions for episode in cohort.episodes):
             figure.legend(loc="outside upper left", ncols=4, fontsize=8, handletextpad=0.2, columnspacing=1.2)
-        return _uri(figure)
+        return data_uri(figure)
 
 
 def _zoom(axes: Any, cohort: CohortTrace) -> None:
@@ -216,7 +217,7 @@ def _named(cohort: CohortTrace) -> list[Trace]:
 def frontier_figure(arms: Sequence[ArmResult], rent_points: float | None) -> str:
     """Draw the gain over never-act against parameters, with intervals, and the line where a gain pays its rent."""
     shown = [arm for arm in arms if "never-act" in arm.gain_over]
-    with _figure(5.6, 3.7) as figure:
+    with canvas(5.6, 3.7) as figure:
         axes = figure.add_subplot()
         axes.axhline(0, color=FAINT, linewidth=0.8, zorder=1)
         growth = np.log2([arm.growth_factor for arm in shown])
@@ -243,8 +244,8 @@ def frontier_figure(arms: Sequence[ArmResult], rent_points: float | None) -> str
         points = [
             (float(x), gain.mean, arm.arm, GROUP_MARKS[arm.group][0]) for arm, x, gain in zip(shown, growth, gains)
         ]
-        _margin_labels(axes, points)
-        return _uri(figure)
+        margin_labels(axes, points)
+        return data_uri(figure)
 
 
 def _growth_axis(axes: Any, arms: Sequence[ArmResult], right: float) -> None:
@@ -259,7 +260,7 @@ def _growth_axis(axes: Any, arms: Sequence[ArmResult], right: float) -> None:
 def forest_figure(arms: Sequence[ArmResult], reference: str) -> str:
     """Draw every arm's paired return difference to one arm, with intervals."""
     shown = [arm for arm in arms if reference in arm.return_over][::-1]
-    with _figure(5.6, max(1.7, 0.75 + 0.32 * len(shown))) as figure:
+    with canvas(5.6, max(1.7, 0.75 + 0.32 * len(shown))) as figure:
         axes = figure.add_subplot()
         axes.axvline(0, color=INK, linewidth=1, zorder=1)
         for row, arm in enumerate(shown):
@@ -283,13 +284,13 @@ def forest_figure(arms: Sequence[ArmResult], reference: str) -> str:
         axes.grid(axis="x", color="#eceff2", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel(f"return minus {reference}'s, same environment seeds")
-        return _uri(figure)
+        return data_uri(figure)
 
 
 def shares_figure(shares: Mapping[str, Mapping[str, float]]) -> str:
     """Draw the share of each op among a controller's decisions, one bar per controller."""
     names = list(shares)[::-1]
-    with _figure(5.6, 0.95 + 0.24 * len(names)) as figure:
+    with canvas(5.6, 0.95 + 0.24 * len(names)) as figure:
         axes = figure.add_subplot()
         left = np.zeros(len(names))
         for op in Op:
@@ -301,12 +302,12 @@ def shares_figure(shares: Mapping[str, Mapping[str, float]]) -> str:
         axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8.5)
         axes.spines["left"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=5, fontsize=8, handlelength=1, handleheight=1, columnspacing=1.1)
-        return _uri(figure)
+        return data_uri(figure)
 
 
 def curve_figure(name: str, points: Sequence[tuple[float, float]]) -> str:
     """Draw one metric of one policy against the step."""
-    with _figure(2.75, 1.75) as figure:
+    with canvas(2.75, 1.75) as figure:
         axes = figure.add_subplot()
         steps, values = zip(*points)
         style: dict[str, Any] = {"marker": "o", "markersize": 3} if len(steps) <= 25 else {}
@@ -316,4 +317,4 @@ def curve_figure(name: str, points: Sequence[tuple[float, float]]) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="y", color="#eceff2", linewidth=0.8)
         axes.tick_params(labelsize=8)
-        return _uri(figure)
+        return data_uri(figure)

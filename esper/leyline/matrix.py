@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
+from esper.leyline.actions import (
+    ACTION_WIDTH,
+    CNN_BLUEPRINTS,
+    MAX_SLOTS,
+    SEED_LR_FACTORS,
+    Action,
+    Actions,
+    Blend,
+    Isolation,
+    Op,
+    action_from_row,
+    is_canonical,
+)
 from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS, ControllerSpec, ScheduleSampler, UniformRandom, behaviour
-from esper.leyline.errors import SpecError
+from esper.leyline.errors import SpecError, unknown_name
 from esper.leyline.identity import SELECTION_START, EpisodeIdentity, Role, Root, check_replicate, env_seed
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.spec_base import Spec
@@ -40,16 +55,129 @@ class Cell(Spec):
         return self
 
 
+_LEVERS = ("blueprint", "blend", "tempo_epochs", "dwell_epochs", "isolation", "seed_lr_factor")
+
+
+class ForcedAction(Spec):
+    """One action in words. What its op does not read must be left out; a lever that is left out has its default."""
+
+    op: Literal["WAIT", "GERMINATE", "ADVANCE", "FOSSILIZE", "PRUNE"]
+    slot: Annotated[int, Field(ge=0, lt=MAX_SLOTS)] | None = None
+    blueprint: str | None = None
+    blend: Blend | None = None
+    tempo_epochs: Literal[3, 5, 8, 12] | None = None
+    dwell_epochs: Literal[1, 2, 3, 5] | None = None
+    isolation: Isolation | None = None
+    seed_lr_factor: float | None = None
+
+    @model_validator(mode="after")
+    def _reads(self) -> Self:
+        if (self.slot is None) != (self.op == "WAIT"):
+            raise ValueError(f"{self.op} {'needs a slot' if self.slot is None else 'reads no slot'}")
+        given = [name for name in _LEVERS if getattr(self, name) is not None]
+        if self.op != "GERMINATE" and given:
+            raise ValueError(f"{self.op} does not read {', '.join(given)}")
+        if self.op == "GERMINATE" and self.blueprint not in CNN_BLUEPRINTS:
+            raise ValueError(str(unknown_name("blueprint", str(self.blueprint), CNN_BLUEPRINTS)))
+        if self.seed_lr_factor is not None and self.seed_lr_factor not in SEED_LR_FACTORS:
+            raise ValueError(f"seed_lr_factor {self.seed_lr_factor} is not one of {SEED_LR_FACTORS}")
+        return self
+
+    def to_row(self) -> Actions:
+        """Return the canonical int8 [A] row."""
+        given = {name: getattr(self, name) for name in _LEVERS[1:] if getattr(self, name) is not None}
+        if self.blueprint is not None:
+            given["blueprint"] = CNN_BLUEPRINTS.index(self.blueprint)
+        return Action(op=Op[self.op], slot=self.slot or 0, **given).to_row()
+
+    @classmethod
+    def of_row(cls, row: Actions) -> Self:
+        """Return the words of a canonical row."""
+        action = action_from_row(row)
+        if action.op is Op.WAIT:
+            return cls(op="WAIT")
+        levers = {name: getattr(action, name) for name in _LEVERS} if action.op is Op.GERMINATE else {}
+        if levers:
+            levers["blueprint"] = CNN_BLUEPRINTS[action.blueprint]
+        return cls.model_validate({"op": action.op.name, "slot": action.slot, **levers})
+
+
+class BranchActor(Spec):
+    """Who acts before a branching, or after it.
+
+    Attributes:
+        controller: A behaviour, `never-act`, before it `schedule-sampler` too, after it `complete` too: every live
+            seed is advanced and fossilised as soon as it can be.
+        epsilon: As in a cell; `random` has 1, whatever else is left out 0.
+        temperature: As in a cell.
+        repetition: As in a cell; for the schedule-sampler the plan.
+        pool: The pool of the schedule-sampler: the name of the matrix that planned it.
+    """
+
+    controller: str = "never-act"
+    epsilon: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+    repetition: Annotated[int, Field(ge=0)] = 0
+    pool: str | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.controller not in ("never-act", "complete", "schedule-sampler"):
+            behaviour(self.controller)
+        if (self.pool is None) == (self.controller == "schedule-sampler"):
+            raise ValueError(f"controller {self.controller!r}: the schedule-sampler needs a pool, no other has one")
+        return self
+
+
+class Branch(Spec):
+    """One branching: leave a parent at a step by a forced action, and let somebody go on."""
+
+    environment: str
+    reward: str
+    replicate: Annotated[int, Field(ge=0, lt=SELECTION_START)]
+    step: Annotated[int, Field(ge=0)]
+    parent: BranchActor = BranchActor()
+    action: ForcedAction
+    then: BranchActor = BranchActor(controller="complete")
+
+    @model_validator(mode="after")
+    def _places(self) -> Self:
+        if self.parent.controller == "complete":
+            raise ValueError("'complete' goes on after a branching; a parent is a behaviour or never-act")
+        if self.then.controller == "schedule-sampler":
+            raise ValueError("the schedule-sampler cannot go on after a branching; use 'complete'")
+        return self
+
+
 class MatrixSpec(Spec):
     """Which episodes a dataset holds."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
-    cells: tuple[Cell, ...]
+    cells: tuple[Cell, ...] = ()
+    branches: tuple[Branch, ...] = ()
+
+    @property
+    def spec_id(self) -> str:
+        """The id; without branchings that of the matrix before there were any."""
+        return self.id_without() if self.branches else self.id_without("branches")
+
+    @model_validator(mode="after")
+    def _branches(self) -> Self:
+        if len(set(self.branches)) != len(self.branches):
+            raise ValueError("a branching is named twice")
+        rewards = {cell.environment: cell.reward for cell in self.cells}
+        for branch in self.branches:
+            if rewards.setdefault(branch.environment, branch.reward) != branch.reward:
+                raise ValueError(
+                    f"environment {branch.environment!r} has two rewards: "
+                    f"{rewards[branch.environment]!r} and {branch.reward!r}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _cells(self) -> Self:
-        if not self.cells:
-            raise ValueError("the matrix has no cells; add at least one [[cells]] table")
+        if not self.cells and not self.branches:
+            raise ValueError("the matrix has no cells; add at least one [[cells]] or [[branches]] table")
         names = [cell.environment for cell in self.cells]
         if len(set(names)) != len(names):
             raise ValueError(f"an environment appears in two cells: {names}")
@@ -72,17 +200,37 @@ class PlannedEpisode(Spec):
     role: Role = Role.DATA
 
 
+class PlannedBranch(Spec):
+    """One episode that leaves another one, its parent, at a step by forced actions: canonical rows, one per step."""
+
+    parent: PlannedEpisode
+    step: Annotated[int, Field(ge=0)]
+    forced: tuple[tuple[int, ...], ...]
+    then: PlannedEpisode
+
+    @model_validator(mode="after")
+    def _canonical(self) -> Self:
+        for row in self.forced:
+            if len(row) != ACTION_WIDTH or not is_canonical(np.array([row])).all():
+                raise ValueError(f"forced action {row} is not a canonical row of {ACTION_WIDTH} numbers")
+        return self
+
+
 class CohortPlan(Spec):
-    """All episodes of one environment and one environment seed that run together."""
+    """All episodes of one environment and one environment seed that run together.
+
+    A branch's parent need not be among the episodes: it is then run, and not stored.
+    """
 
     environment: EnvironmentSpec
     reward: RewardSpec
     replicate: int
     episodes: tuple[PlannedEpisode, ...]
+    branches: tuple[PlannedBranch, ...] = ()
 
     @model_validator(mode="after")
     def _roles(self) -> Self:
-        for episode in self.episodes:
+        for episode in (*self.episodes, *(actor for b in self.branches for actor in (b.parent, b.then))):
             try:
                 check_replicate(self.replicate, episode.role)
             except SpecError as error:
@@ -110,6 +258,35 @@ class CohortPlan(Spec):
         """Return the ids of the episodes, in order."""
         return [self.identity(episode).episode_id for episode in self.episodes]
 
+    def branch_identity(self, branch: PlannedBranch) -> EpisodeIdentity:
+        """Return the identity of a branch: that of who goes on, from the parent's root, and where it left whom."""
+        goes_on = branch.then.model_copy(update={"root": branch.parent.root})
+        parent_id = self.identity(branch.parent).episode_id
+        return replace(self.identity(goes_on), branch=(parent_id, branch.step, branch.forced))
+
+    def branch_ids(self) -> list[str]:
+        """Return the ids of the branches, in order."""
+        return [self.branch_identity(branch).episode_id for branch in self.branches]
+
+    def planned_ids(self) -> list[str]:
+        """Return the ids of everything that is stored: the episodes, then the branches."""
+        return [*self.episode_ids(), *self.branch_ids()]
+
+    @property
+    def num_planned(self) -> int:
+        """Episodes and branches."""
+        return len(self.episodes) + len(self.branches)
+
+
+def explorer(pool: str, num_plans: int, environment: EnvironmentSpec) -> ScheduleSampler:
+    """Return the schedule-sampler of a pool in an environment."""
+    return ScheduleSampler(
+        pool=pool,
+        num_plans=num_plans,
+        num_slots=environment.host.num_slots,
+        max_birth_epoch=environment.horizon // 2,
+    )
+
 
 def plan_episodes(cell: Cell, environment: EnvironmentSpec, pool: str) -> tuple[PlannedEpisode, ...]:
     """Return the episodes of one cohort of a cell: the row of behaviours x epsilons, then the explorers."""
@@ -124,12 +301,7 @@ def plan_episodes(cell: Cell, environment: EnvironmentSpec, pool: str) -> tuple[
                     PlannedEpisode(controller=spec, epsilon=epsilon, temperature=temperature, repetition=repetition)
                 )
     if cell.explorers:
-        sampler = ScheduleSampler(
-            pool=pool,
-            num_plans=cell.explorers,
-            num_slots=environment.host.num_slots,
-            max_birth_epoch=environment.horizon // 2,
-        )
+        sampler = explorer(pool, cell.explorers, environment)
         planned += [PlannedEpisode(controller=sampler, repetition=plan) for plan in range(cell.explorers)]
     return tuple(planned)
 

@@ -56,3 +56,27 @@ class Verdict(Spec):
             if level in levels:
                 return level
         return Level.PASS
+
+
+class Override(Spec):
+    """A use of a sealed version against its verdict, or without one, and the reason that was given for it.
+
+    Attributes:
+        dataset: The dataset's name.
+        version: The version's number.
+        digest: Its digest.
+        use: What it was used for.
+        level: What the verdict said of that use; None where there was no verdict.
+        reason: Why it was used all the same, in the words of whoever did.
+        by: What used it, such as `iql`.
+        at: When, ISO 8601.
+    """
+
+    dataset: str
+    version: int
+    digest: str
+    use: Use
+    level: Level | None
+    reason: str
+    by: str
+    at: str

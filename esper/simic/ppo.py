@@ -90,6 +90,7 @@ def fine_tune(
         dataset_digest=card.dataset_digest,
         verdict=card.verdict,
         unchecked=card.unchecked,
+        override_reason=card.override_reason,
         start_digest=card.weights_sha256,
         training_seed=seed,
     )

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from esper.karn.overrides import record_override
 from esper.karn.versions import Version
 from esper.leyline.controller_specs import LearnedPolicy
 from esper.leyline.errors import HealthError, SpecError, unknown_name
 from esper.leyline.library import load
 from esper.leyline.rewards import RewardSpec
-from esper.leyline.verdict import CheckResult, Level, Use, Verdict
+from esper.leyline.verdict import CheckResult, Level, Override, Use, Verdict
 from esper.simic.batches import Transitions, load_transitions
 from esper.simic.bc import BcRecipe, fit_bc
 from esper.simic.cql import CqlRecipe, fit_cql
@@ -36,7 +37,7 @@ def train(
     out: Path,
     seed: int,
     name: str | None = None,
-    allow_unchecked: bool = False,
+    override_health: str | None = None,
     recipe: Recipe | None = None,
     on_log: OnLog,
 ) -> LearnedPolicy:
@@ -49,7 +50,8 @@ def train(
         out: The checkpoint folder.
         seed: Training seed.
         name: The policy's name; the algorithm's unless given.
-        allow_unchecked: Go ahead without a verdict, or against it; the checkpoint says so.
+        override_health: Why to go ahead without a verdict, or against it; stored beside the verdict and in the
+            checkpoint.
         recipe: The learner's specification; the recipe of the algorithm's name unless given.
         on_log: Receives the losses.
 
@@ -58,7 +60,7 @@ def train(
 
     Raises:
         HealthError: The version is blocked or was never checked.
-        SpecError: The recipe is of another algorithm, or the data has nothing to learn from.
+        SpecError: The recipe is of another algorithm, the data has nothing to learn from, or the reason says nothing.
         TrainingError: A loss is not finite.
     """
     if algorithm not in RECIPES:
@@ -66,7 +68,7 @@ def train(
     chosen = load("recipes", algorithm, RECIPES[algorithm]) if recipe is None else recipe
     if type(chosen) is not RECIPES[algorithm]:
         raise SpecError(f"recipe {type(chosen).__name__} for {algorithm}\n  expected: {RECIPES[algorithm].__name__}")
-    level, unchecked = admit(version, USES[algorithm], allow_unchecked)
+    level, override = admit(version, USES[algorithm], override_health, by=name or algorithm)
     transitions = load_transitions(version, chosen.network.view, rewards)
     held = held_out_rows(transitions)
     with single_thread():
@@ -81,7 +83,8 @@ def train(
         dataset=version.ref,
         dataset_digest=version.manifest.digest,
         verdict=level,
-        unchecked=unchecked,
+        unchecked=override is not None,
+        override_reason=None if override is None else override.reason,
         training_seed=seed,
         metrics=counts | fitted.metrics,
     )
@@ -96,23 +99,33 @@ def _fit(recipe: Recipe, train_rows: Transitions, held_out: Transitions, seed: i
     return fit_cql(train_rows, held_out, recipe, seed=seed, on_log=on_log)
 
 
-def admit(version: Version, use: Use, allow_unchecked: bool) -> tuple[Level | None, bool]:
-    """Return a version's level for a use, and whether the verdict was overridden.
+def admit(version: Version, use: Use, reason: str | None, *, by: str) -> tuple[Level | None, Override | None]:
+    """Return a version's level for a use, and the override if the verdict stood against it.
+
+    An override is stored beside the verdict. A reason that turns out not to be needed is not.
+
+    Args:
+        version: The data.
+        use: What they are used for.
+        reason: Why to use them without a verdict, or against it; None refuses.
+        by: What uses them.
 
     Raises:
-        HealthError: Blocked or never checked, and `allow_unchecked` is false.
+        HealthError: Blocked or never checked, and there is no reason.
+        SpecError: The reason says nothing.
     """
     verdict = version.verdict()
     level = None if verdict is None else verdict.level(use)
     if level is not None and level is not Level.BLOCK:
-        return level, False
-    if allow_unchecked:
-        return level, True
-    hint = "or pass --allow-unchecked, which the checkpoint records"
+        return level, None
+    if reason is not None:
+        return level, record_override(version, use, level, reason, by)
+    hint = "or pass --override-health REASON, which every later report prints"
     if verdict is None:
         raise HealthError(f"{version.ref} was never checked\n  run `esper health {version.ref}`, {hint}")
     reasons = "\n".join(f"  {check.environment}: {check.message}" for check in _blocking(verdict, use))
-    raise HealthError(f"{version.ref} is blocked for {use.value}\n{reasons}\n  remedy the data, {hint}")
+    remedy = f"`esper health {version.ref} --suggest` proposes a remedy"
+    raise HealthError(f"{version.ref} is blocked for {use.value}\n{reasons}\n  {remedy}, {hint}")
 
 
 def _blocking(verdict: Verdict, use: Use) -> list[CheckResult]:

@@ -38,6 +38,7 @@ class PolicyCard(Spec):
         dataset_digest: The digest of that version.
         verdict: Its level for the use; None where it was never checked.
         unchecked: Training went ahead although the verdict was block or missing.
+        override_reason: Why it did, in the words of whoever started it.
         start_digest: Digest of the weights from which PPO started.
         metrics: The last measured values of the training run.
         weights_sha256: SHA-256 of the weights file: the identity of the policy.
@@ -53,6 +54,7 @@ class PolicyCard(Spec):
     dataset_digest: str | None = None
     verdict: Level | None = None
     unchecked: bool = False
+    override_reason: str | None = None
     start_digest: str | None = None
     training_seed: int
     metrics: dict[str, float] = Field(default_factory=dict)

@@ -143,9 +143,13 @@ class CohortRun:
 
 
 def run_cohort(plan: CohortPlan) -> dict[str, pa.Table]:
-    """Run all episodes of a plan together; return `steps`, `costs` and `episodes` without the commit columns.
+    """Run all episodes of a plan together, then its branches.
 
-    Same plan, same bytes in every deterministic column, whatever else runs beside it. An episode's rows do not depend
-    on which other episodes the plan holds.
+    Returns `steps`, `costs` and `episodes` without the commit columns. Same plan, same bytes in every deterministic
+    column, whatever else runs beside it. An episode's rows do not depend on which other episodes the plan holds.
     """
+    if plan.branches:
+        from esper.tolaria.branching import run_with_branches  # it is built on CohortRun
+
+        return run_with_branches(plan)
     return CohortRun.of(plan).recorder.tables(code_commit())

@@ -30,7 +30,7 @@ def test_a_table_goes_to_stdout_and_the_rest_to_stderr(run):
     lines = [line.split() for line in out.decode().splitlines() if line.strip()]
     assert lines[0] == ["controller", "n"]
     assert lines[2:] == [["baseline", "4"], ["random", "2"]]
-    assert err == "2 rows from demo@1\n"
+    assert err.splitlines() == ["2 rows from demo@1", "health of demo@1: never checked; run `esper health demo@1`"]
 
 
 def test_csv_json_and_parquet_hold_the_same_rows(run, tmp_path):

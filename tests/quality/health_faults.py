@@ -11,6 +11,7 @@ from factories import Tables, select_episodes
 
 from esper.leyline.actions import MAX_SLOTS, Op, pack_mask, slot_slice, unpack_mask
 from esper.leyline.observations import slot_column
+from esper.leyline.schema import ACTION_FIELDS
 from esper.leyline.tree import log_softmax, uniform_logits
 
 Values = list[object]
@@ -204,3 +205,156 @@ def always_the_same_lever(tables: Tables) -> Tables:
     for slot in range(MAX_SLOTS):
         out = edit(out, "steps", slot_column(slot, "weight_norm"), lambda old: [None] * len(old))
     return out
+
+
+def alpha_above_one(tables: Tables) -> Tables:
+    return put(tables, _row(tables, pc.field("s0_alpha") == 1), s0_alpha=1.5)
+
+
+def held_seed_half_heard(tables: Tables) -> Tables:
+    return put(tables, _row(tables, pc.field("s0_stage") == 6), s0_alpha=0.5)
+
+
+def accuracy_in_percent(tables: Tables) -> Tables:
+    return edit(tables, "steps", "train_accuracy", lambda old: [None if v is None else 100 * float(v) for v in old])
+
+
+def stale_schema(tables: Tables) -> Tables:
+    return {**tables, "steps": tables["steps"].drop_columns(["s0_val_loss_drop"])}
+
+
+def column_of_another_type(tables: Tables) -> Tables:
+    steps = tables["steps"]
+    index = steps.schema.get_field_index("executed")
+    return {**tables, "steps": steps.set_column(index, "executed", steps["executed"].cast(pa.string()))}
+
+
+def truncated_episode(tables: Tables) -> Tables:
+    """The run was killed: the rows of one episode stop."""
+    episode = tables["steps"]["episode_id"][0].as_py()
+    lost = set(rows_where(tables, (pc.field("episode_id") == episode) & (pc.field("step") > 7)))
+    return keep(tables, "steps", [i for i in range(tables["steps"].num_rows) if i not in lost])
+
+
+def short_episode_called_completed(tables: Tables) -> Tables:
+    """A never-act episode that stops at half its horizon, as if that were its end."""
+    episode = tables["steps"]["episode_id"][_trunk_row(tables)].as_py()
+    end = _row(tables, (pc.field("episode_id") == episode) & (pc.field("step") == 6))
+    final = _row(tables, (pc.field("episode_id") == episode) & pc.field("is_last"))
+    last = tables["steps"].slice(final, 1).to_pylist()[0]
+    names = ("op", *ACTION_FIELDS, "executed", "behaviour_logp", "op_probs", "is_last", "final_val_accuracy")
+    names += ("control_final_val_accuracy", "final_seed_params", "reward_accuracy_points", "reward_growth_log2")
+    out = put(tables, end, **{name: last[name] for name in names})
+    out = put(out, end - 1, terminated=True)
+    out = keep(out, "steps", [i for i in range(tables["steps"].num_rows) if not end < i <= final])
+    ids = tables["episodes"]["episode_id"].to_pylist()
+    return edit(out, "episodes", "num_steps", lambda old: [6 if i == episode else v for i, v in zip(ids, old)])
+
+
+def end_marked_early(tables: Tables) -> Tables:
+    return put(tables, _trunk_row(tables), terminated=True)
+
+
+def no_seed_gets_gradient(tables: Tables) -> Tables:
+    """The graph was cut: the norms that were measured are zero."""
+    out = tables
+    for slot in range(MAX_SLOTS):
+        zeros = slot_column(slot, "gradient_norm")
+        out = edit(out, "steps", zeros, lambda old: [None if value is None else 0.0 for value in old])
+    return out
+
+
+def germinations_grow_nothing(tables: Tables) -> Tables:
+    """More than half of all germinations are logged as executed and leave every slot as it was."""
+    steps = tables["steps"]
+    mask = unpack_mask(np.frombuffer(b"".join(steps["tree_mask"].to_pylist()), dtype=np.uint8).reshape(len(steps), -1))
+    waits = [i for i in rows_where(tables, pc.field("op") == "WAIT") if mask[i, Op.GERMINATE]]
+    born = len(rows_where(tables, pc.field("op") == "GERMINATE"))
+    chosen = dict.fromkeys(waits[: born + 20])
+    slots = mask[:, slot_slice(Op.GERMINATE)].argmax(axis=1)
+    out = tables
+    for name, value in (("op", "GERMINATE"), ("behaviour_logp", None), ("op_probs", None)):
+        out = edit(
+            out, "steps", name, lambda old, value=value: [value if i in chosen else v for i, v in enumerate(old)]
+        )
+    return edit(
+        out, "steps", "action_slot", lambda old: [int(slots[i]) if i in chosen else v for i, v in enumerate(old)]
+    )
+
+
+def refusal_without_a_gate(tables: Tables) -> Tables:
+    return put(tables, _row(tables, pc.field("refused_by") == "G2"), refused_by=None)
+
+
+def uncommitted_outcome(tables: Tables) -> Tables:
+    """The outcome is that of the network with its uncommitted seeds."""
+    values = dict(zip(*(tables["episodes"][name].to_pylist() for name in ("episode_id", "uncommitted_val_accuracy"))))
+    out = edit(tables, "episodes", "final_val_accuracy", lambda old: list(values.values()))
+    ids = tables["steps"]["episode_id"].to_pylist()
+    return edit(
+        out,
+        "steps",
+        "final_val_accuracy",
+        lambda old: [None if value is None else values[i] for i, value in zip(ids, old)],
+    )
+
+
+def control_missing_from_the_reward(tables: Tables) -> Tables:
+    """The reward is the change of the host's own accuracy: it pays for epochs that pass."""
+    accuracy = tables["steps"]["val_accuracy"].to_pylist()
+    last = tables["steps"]["is_last"].to_pylist()
+    paid = [None if end else 100 * (after - now) for now, after, end in zip(accuracy, [*accuracy[1:], 0.0], last)]
+    return edit(tables, "steps", "reward_accuracy_points", lambda old: paid)
+
+
+def softmax_marginals_though_argmax_ran(tables: Tables) -> Tables:
+    """Every row of a greedy rule claims a softmax that could have drawn it, and none of them ever drew another op."""
+    greedy = (pc.field("epsilon") == 0) & pc.field("behaviour_logp").is_valid() & ~pc.field("forced")
+    rows = [i for i in rows_where(tables, greedy) if tables["steps"]["valid_ops"][i].as_py().bit_count() > 1]
+    ops, valid = tables["steps"]["op"].to_pylist(), tables["steps"]["valid_ops"].to_pylist()
+    probs = {}
+    for row in rows:
+        others = [op for op in Op if valid[row] & (1 << op) and op.name != ops[row]]
+        probs[row] = [0.2 if op.name == ops[row] else 0.8 / len(others) if op in others else 0.0 for op in Op]
+    out = edit(tables, "steps", "op_probs", lambda old: [probs.get(i, v) for i, v in enumerate(old)])
+    told = float(np.log(0.15))
+    out = edit(out, "steps", "behaviour_logp", lambda old: [told if i in probs else v for i, v in enumerate(old)])
+    return edit(out, "steps", "temperature", lambda old: [1.0 if i in probs else v for i, v in enumerate(old)])
+
+
+def _of_controllers(tables: Tables, *names: str) -> Tables:
+    chosen = tables["episodes"].filter(pc.is_in(tables["episodes"]["controller"], pa.array(names)))
+    return select_episodes(tables, chosen["episode_id"].to_pylist())
+
+
+def nobody_ever_acts(tables: Tables) -> Tables:
+    return _of_controllers(tables, "never-act")
+
+
+def nobody_prunes(tables: Tables) -> Tables:
+    chosen = tables["episodes"].filter(pc.equal(tables["episodes"]["num_prune"], 0))
+    return select_episodes(tables, chosen["episode_id"].to_pylist())
+
+
+def three_behaviours(tables: Tables) -> Tables:
+    return _of_controllers(tables, "random", "baseline", "anti-kasmina")
+
+
+def rows_written_twice(tables: Tables) -> Tables:
+    episode = tables["episodes"]["episode_id"][0].as_py()
+    return {**tables, "steps": pa.concat_tables([tables["steps"], select_episodes(tables, [episode])["steps"]])}
+
+
+def infinite_loss(tables: Tables) -> Tables:
+    return put(tables, _row(tables, pc.field("step") == 3), train_loss=float("inf"))
+
+
+def action_after_the_end(tables: Tables) -> Tables:
+    return put(tables, _row(tables, pc.field("is_last")), op="WAIT")
+
+
+def wait_masked(tables: Tables) -> Tables:
+    row = _trunk_row(tables)
+    mask = unpack_mask(np.frombuffer(tables["steps"]["tree_mask"][row].as_py(), dtype=np.uint8)[None])
+    mask[0, Op.WAIT] = False
+    return put(tables, row, tree_mask=pack_mask(mask)[0].tobytes())

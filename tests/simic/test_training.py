@@ -55,7 +55,7 @@ def test_the_same_specification_data_and_seed_give_the_same_bytes(
         logs: list[dict[str, float]] = []
         out = tmp_path / folder / "p"
         train(
-            algorithm, version, rewards=REWARDS, out=out, seed=seed, allow_unchecked=True, recipe=FAST[algorithm],
+            algorithm, version, rewards=REWARDS, out=out, seed=seed, override_health="a test", recipe=FAST[algorithm],
             on_log=logs.append,
         )  # fmt: skip
         assert any("held_out" in key for key in logs[-1])
@@ -72,7 +72,7 @@ def test_an_unchecked_version_is_refused_unless_allowed_and_the_card_says_so(ver
     with pytest.raises(HealthError, match="never checked"):
         train("bc", version, out=tmp_path / "x", **options)
     assert not (tmp_path / "x").exists()
-    policy = train("bc", version, out=tmp_path / "p", name="copy", allow_unchecked=True, **options)
+    policy = train("bc", version, out=tmp_path / "p", name="copy", override_health="a test", **options)
     card = read_card(tmp_path / "p")
     assert (policy.name, policy.digest, card.verdict, card.unchecked) == ("copy", card.weights_sha256, None, True)
     assert (card.dataset, card.dataset_digest) == (version.ref, version.manifest.digest)
@@ -92,7 +92,7 @@ def test_a_blocked_version_is_refused_for_the_uses_that_it_is_blocked_for(tmp_pa
 
 
 def test_wrong_algorithms_and_recipes_are_named(version: Version, tmp_path: Path) -> None:
-    options = {"rewards": REWARDS, "out": tmp_path / "x", "seed": 0, "allow_unchecked": True, "on_log": print}
+    options = {"rewards": REWARDS, "out": tmp_path / "x", "seed": 0, "override_health": "a test", "on_log": print}
     with pytest.raises(UnknownNameError, match="did you mean 'cql'"):
         train("cqll", version, **options)
     with pytest.raises(SpecError, match="BcRecipe"):
