@@ -351,8 +351,3 @@ def get_view(name: str) -> View:
     if name not in VIEWS:
         raise unknown_name("observation view", name, VIEWS)
     return VIEWS[name]
-
-
-def describe(view: View) -> list[str]:
-    """Return the names of a view's columns, in order."""
-    return list(view.names)

@@ -17,7 +17,7 @@ from esper.leyline.keys import hex_digest
 from esper.leyline.matrix import CohortPlan, PlannedEpisode
 from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.rewards import EpisodeColumns, reward_components
-from esper.leyline.schema import ACTION_FIELDS, COSTS, EPISODES, SCHEMAS, STEPS
+from esper.leyline.schema import ACTION_FIELDS, COSTS, EPISODES, STEPS
 from esper.tolaria.cohort import Applied, Cohort, Observation
 from esper.tolaria.episode import Rider
 from esper.tolaria.lineage import Outcome
@@ -284,11 +284,6 @@ def episode_header(
 def uncommitted(schema: pa.Schema) -> pa.Schema:
     """Return a table's schema without the columns that a commit adds."""
     return pa.schema([f for f in schema if f.name not in ("commit_id", "attempt")])
-
-
-def empty_tables() -> dict[str, pa.Table]:
-    """Return the three tables without rows, without the commit columns."""
-    return {name: uncommitted(schema).empty_table() for name, schema in SCHEMAS.items()}
 
 
 def _outcome_of(rider: Rider) -> Outcome:
