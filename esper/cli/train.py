@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
@@ -21,90 +22,71 @@ train = App(
 Flag = Annotated[bool, Parameter(negative="")]
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every offline learner takes.
+
+    Attributes:
+        seed: Training seed.
+        name: The policy's name (default: the algorithm's).
+        override_health: Reason to train without a verdict or against it; every later report prints it.
+        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
+        no_prefect: Run in process, without a Prefect server.
+        run_name: Name of the run's folder (default: command and time).
+    """
+
+    seed: int = 0
+    name: str | None = None
+    override_health: str | None = None
+    store: str | None = None
+    no_prefect: Flag = False
+    run_name: str | None = None
+
+
+DEFAULTS = Options()
+
+
 @train.command
-def bc(
-    dataset: str,
-    /,
-    *,
-    seed: int = 0,
-    name: str | None = None,
-    override_health: str | None = None,
-    store: str | None = None,
-    no_prefect: Flag = False,
-    run_name: str | None = None,
-) -> None:
+def bc(dataset: str, /, *, options: Options = DEFAULTS) -> None:
     """Behaviour cloning: imitate the actions of a sealed version.
 
     Args:
         dataset: NAME or NAME@n.
-        seed: Training seed.
-        name: The policy's name (default: the algorithm's).
-        override_health: Reason to train without a verdict or against it; every later report prints it.
-        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
-        no_prefect: Run in process, without a Prefect server.
-        run_name: Name of the run's folder (default: command and time).
+        options: What every offline learner takes.
     """
-    _offline("bc", locals())
+    _offline("bc", dataset, options)
 
 
 @train.command
-def iql(
-    dataset: str,
-    /,
-    *,
-    seed: int = 0,
-    name: str | None = None,
-    override_health: str | None = None,
-    store: str | None = None,
-    no_prefect: Flag = False,
-    run_name: str | None = None,
-) -> None:
+def iql(dataset: str, /, *, options: Options = DEFAULTS) -> None:
     """Implicit Q-learning: expectile values, then an advantage-weighted policy.
 
     Args:
         dataset: NAME or NAME@n.
-        seed: Training seed.
-        name: The policy's name (default: the algorithm's).
-        override_health: Reason to train without a verdict or against it; every later report prints it.
-        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
-        no_prefect: Run in process, without a Prefect server.
-        run_name: Name of the run's folder (default: command and time).
+        options: What every offline learner takes.
     """
-    _offline("iql", locals())
+    _offline("iql", dataset, options)
 
 
 @train.command
-def cql(
-    dataset: str,
-    /,
-    *,
-    seed: int = 0,
-    name: str | None = None,
-    override_health: str | None = None,
-    store: str | None = None,
-    no_prefect: Flag = False,
-    run_name: str | None = None,
-) -> None:
+def cql(dataset: str, /, *, options: Options = DEFAULTS) -> None:
     """Conservative Q-learning.
 
     Args:
         dataset: NAME or NAME@n.
-        seed: Training seed.
-        name: The policy's name (default: the algorithm's).
-        override_health: Reason to train without a verdict or against it; every later report prints it.
-        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
-        no_prefect: Run in process, without a Prefect server.
-        run_name: Name of the run's folder (default: command and time).
+        options: What every offline learner takes.
     """
-    _offline("cql", locals())
+    _offline("cql", dataset, options)
 
 
-def _offline(algorithm: str, given: dict[str, Any]) -> None:
+def _offline(algorithm: str, dataset: str, options: Options) -> None:
     from esper.karn.store import open_store
     from flows.training import TrainRequest, run_training
 
+    given = asdict(options)
     prefect = not given.pop("no_prefect")
-    request = TrainRequest.parse({"algorithm": algorithm, **given}, f"esper train {algorithm}")
+    request = TrainRequest.parse({"algorithm": algorithm, "dataset": dataset, **given}, f"esper train {algorithm}")
     note_verdict(open_store(request.store).resolve(request.dataset))
     _print_policy(launch(f"train-{algorithm}", request, run_training, prefect=prefect), request.dataset)
 
