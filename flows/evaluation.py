@@ -93,7 +93,7 @@ def evaluate_policies(
 
 def require_controls(evaluation: Evaluation) -> None:
     """Raise ControlError where a positive or negative control failed."""
-    failed = [control for control in evaluation.controls if not control.passed]
+    failed = evaluation.failed_controls
     if failed:
         lines = "\n".join(
             f"  {item.environment}: {item.name}: {item.value:.2f}, expected {item.low:g} to {item.high:g}"

@@ -70,11 +70,6 @@ def interval_text(interval: Interval, digits: int = 1, *, signed: bool = True) -
     return f"{number(interval.mean, digits, signed=signed)}\n{low} … {high}"
 
 
-def excludes_zero(interval: Interval) -> bool:
-    """Whether the whole interval lies on one side of zero."""
-    return interval.low > 0 or interval.high < 0
-
-
 def findings(evaluation: Evaluation, environment: str) -> list[str]:
     """Return one sentence per learned policy: over which controls its return is higher, lower, or undecided."""
     return [_finding(arm) for arm in arms_of(evaluation, environment) if arm.group == "learned"]

@@ -88,7 +88,7 @@ def render(version: Version, evaluation: Evaluation | None, telemetry: data.Tele
         "headings": tables.HEADINGS,
         "comparisons": [] if evaluation is None else _comparisons(version, evaluation),
         "controls": [] if evaluation is None else [_control_row(control) for control in evaluation.controls],
-        "failed_controls": [] if evaluation is None else [item for item in evaluation.controls if not item.passed],
+        "failed_controls": () if evaluation is None else evaluation.failed_controls,
     }
     return engine.get_template("report.html.j2").render(page)
 

@@ -71,3 +71,8 @@ class Evaluation(Spec):
     controls: tuple[ControlResult, ...]
     created_at: str
     wall_s: float
+
+    @property
+    def failed_controls(self) -> tuple[ControlResult, ...]:
+        """The controls that did not pass; any of them means that the engine or the task is wrong."""
+        return tuple(control for control in self.controls if not control.passed)

@@ -17,7 +17,6 @@ class EventKind(StrEnum):
     COHORT_STARTED = "cohort.started"
     COHORT_ENDED = "cohort.ended"
     COHORT_FAILED = "cohort.failed"
-    EPISODE_ENDED = "episode.ended"
     TRAIN_STEP = "train.step"
     TRAIN_ENDED = "train.ended"
     PPO_UPDATE = "ppo.update"

@@ -88,7 +88,7 @@ def evaluate(
         cells: One environment each.
         policies: Learned policies by the name of their arm; they act by their argmax.
         run: Carries out cohorts, in this process or on workers.
-        bounds: What a healthy run shows; judged here, enforced by the caller (see `failed_controls`).
+        bounds: What a healthy run shows; judged here, enforced by the caller (`Evaluation.failed_controls`).
         dataset: Name of the dataset that the policies learned from.
         version: Its version.
         verdict: Its verdict.
@@ -124,11 +124,6 @@ def evaluate(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_s=time.perf_counter() - started,
     )
-
-
-def failed_controls(evaluation: Evaluation) -> list[ControlResult]:
-    """Return the controls that did not pass; any of them means that the engine or the task is wrong."""
-    return [control for control in evaluation.controls if not control.passed]
 
 
 def _check_request(

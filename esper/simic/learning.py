@@ -87,11 +87,6 @@ class Stepper:
         self._adam.step()
         self._done += 1
 
-    def scale_rate(self, factor: float) -> None:
-        """Multiply the learning rate."""
-        self.base_rate *= factor
-        self._adam.param_groups[0]["lr"] = self.base_rate
-
 
 def track(target: nn.Module, source: nn.Module, rate: float) -> None:
     """Move the target's parameters towards the source's: target += rate * (source - target) (Polyak averaging)."""

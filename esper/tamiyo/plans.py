@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -132,9 +131,3 @@ def plant_row(plant: Plant, environment: EnvironmentSpec) -> Actions:
         offered = np.flatnonzero(mask)
         row[2 + lever] = offered[np.abs(offered - int(row[2 + lever])).argmin()]
     return row
-
-
-def describe_plan(plants: Sequence[Plant]) -> str:
-    """Return a plan in one line, for tables: `conv_light in slot 0 at epoch 2; ...`; `nothing` where it is empty."""
-    parts = [f"{plant.blueprint} in slot {plant.slot} at epoch {plant.birth_epoch}" for plant in plants]
-    return "; ".join(parts) or "nothing"

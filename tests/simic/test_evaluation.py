@@ -12,7 +12,7 @@ from esper.leyline.rewards import EpisodeColumns, reward_components
 from esper.leyline.schema import EPISODES, STEPS
 from esper.leyline.specs import EnvironmentSpec
 from esper.leyline.verdict import Level
-from esper.simic.evaluation import evaluate, failed_controls
+from esper.simic.evaluation import evaluate
 from esper.simic.schedules import MAX_CANDIDATES, candidate_schedules, describe
 
 HOST_PARAMS = 400
@@ -192,7 +192,7 @@ def test_learned_policies_act_by_their_argmax_and_equal_episodes_run_once():
 
 def test_controls_pass_on_a_healthy_run():
     evaluation, _ = run(FakeEngine())
-    assert failed_controls(evaluation) == []
+    assert evaluation.failed_controls == ()
     assert len(evaluation.controls) == 5
 
 
@@ -206,7 +206,7 @@ def test_controls_pass_on_a_healthy_run():
 )
 def test_a_control_outside_its_bounds_fails(change, failing):
     evaluation, _ = run(FakeEngine(), bounds=[BOUNDS.model_copy(update=change)])
-    assert [control.name for control in failed_controls(evaluation)] == [failing]
+    assert [control.name for control in evaluation.failed_controls] == [failing]
 
 
 def test_seeds_whose_trunk_is_not_valid_are_left_out_of_every_pair_and_counted():
@@ -218,7 +218,7 @@ def test_seeds_whose_trunk_is_not_valid_are_left_out_of_every_pair_and_counted()
     assert (control.value, control.passed) == (2, False)
     engine.invalid_replicates = {200_001}
     evaluation, _ = run(engine)
-    assert failed_controls(evaluation) == []
+    assert evaluation.failed_controls == ()
 
 
 def test_without_two_valid_seeds_there_is_no_comparison():
@@ -238,7 +238,7 @@ def test_a_failed_episode_takes_its_seed_out_and_fails_a_control():
     engine.edit = fail
     evaluation, arms = run(engine)
     assert arms["iql"].mean_return.num_env_seeds == 5
-    assert [control.name for control in failed_controls(evaluation)] == ["failed episodes"]
+    assert [control.name for control in evaluation.failed_controls] == ["failed episodes"]
 
 
 def test_diverged_episodes_count_and_stay_in():
@@ -373,7 +373,7 @@ def test_the_engines_own_tables_pass_every_check_and_the_whole_comparison_is_mad
     )
     arms = {arm.arm: arm for arm in evaluation.arms}
     assert len(arms) == 6
-    assert failed_controls(evaluation) == []
+    assert evaluation.failed_controls == ()
     assert arms["best-fixed"].seed_params > 0
     assert arms["bigger"].growth_factor > 1
     assert arms["wider"].growth_factor > 1

@@ -8,7 +8,7 @@ from esper.leyline.actions import BLENDS, CNN_BLUEPRINTS, Isolation, Op
 from esper.leyline.controller_specs import FixedSchedule, Plant, ScheduleSampler
 from esper.leyline.errors import SpecError
 from esper.leyline.stages import Stage
-from esper.tamiyo.plans import declared_plans, describe_plan, plant_row, pool_plan, pool_plans
+from esper.tamiyo.plans import declared_plans, plant_row, pool_plan, pool_plans
 from esper.tamiyo.registry import build_controller
 
 POOL = ScheduleSampler(pool="demo", num_plans=60, num_slots=3, max_birth_epoch=10)
@@ -161,8 +161,3 @@ def test_a_repetition_beyond_the_pool_is_an_error():
 def test_a_pool_for_more_slots_than_the_host_has_is_an_error():
     with pytest.raises(SpecError, match="slots"):
         build_controller(POOL).start([episode(environment(2))])
-
-
-def test_a_plan_reads_as_one_line():
-    assert describe_plan(declared_plans(3)[0]) == "conv_light in slot 0 at epoch 0"
-    assert describe_plan(()) == "nothing"
