@@ -11,10 +11,9 @@ from typing import TypeVar
 from esper.karn.versions import Version
 from esper.leyline.comparison import Evaluation
 from esper.leyline.controller_specs import LearnedPolicy
-from esper.leyline.library import load
+from esper.leyline.library import load, load_environment
 from esper.leyline.matrix import CohortPlan, MatrixSpec, PipelineSpec
 from esper.leyline.rewards import RewardSpec
-from esper.leyline.specs import EnvironmentSpec
 from flows.context import Context, RunOptions, open_context
 from flows.datagen import Generated, generate
 from flows.evaluation import evaluate_policies
@@ -41,7 +40,7 @@ class PipelineRequest(RunOptions):
         """Return the pipeline, the matrix and its cohorts."""
         spec = load("pipelines", self.pipeline, PipelineSpec)
         for cell in spec.evaluation:
-            load("environments", cell.environment, EnvironmentSpec)
+            load_environment(cell.environment)
             load("rewards", cell.reward, RewardSpec)
         matrix, plans = plan_matrix(self.matrix or spec.matrix)
         return spec, matrix, plans

@@ -12,7 +12,7 @@ from esper.karn.store import Dataset
 from esper.leyline.controller_specs import behaviour
 from esper.leyline.errors import SpecError, unknown_name
 from esper.leyline.identity import root_host_key
-from esper.leyline.library import load
+from esper.leyline.library import family_of, load, load_environment
 from esper.leyline.matrix import Branch, CohortPlan, MatrixSpec
 from esper.leyline.plans import expand
 from esper.leyline.spec_base import Spec
@@ -66,26 +66,22 @@ def plan_matrix(name: str, selection: Selection | None = None) -> tuple[MatrixSp
 
 
 def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
-    known = [cell.environment for cell in matrix.cells]
-    for name in selection.environments or ():
-        if name not in known:
-            raise unknown_name(f"environment of matrix {matrix.name!r}:", name, known)
+    environments = _selected_environments(matrix, selection)
     for name in selection.behaviours or ():
         if name != "schedule-sampler":
             behaviour(name)
     cells = []
     for cell in matrix.cells:
-        if selection.environments is not None and cell.environment not in selection.environments:
-            continue
         changes: dict[str, object] = {}
         if selection.behaviours is not None:
             changes["behaviours"] = tuple(name for name in cell.behaviours if name in selection.behaviours)
             changes["explorers"] = cell.explorers if "schedule-sampler" in selection.behaviours else 0
         if selection.epsilons is not None:
             changes["epsilons"] = selection.epsilons
-        cut = cell.model_copy(update=changes)
-        if cut.behaviours or cut.explorers:
-            cells.append(cut)
+        for environment in environments[cell.environment]:
+            cut = cell.model_copy(update={**changes, "environment": environment})
+            if cut.behaviours or cut.explorers:
+                cells.append(cut)
     branches = [branch for branch in matrix.branches if _is_selected(branch, selection)]
     if not cells and not branches:
         raise SpecError(
@@ -94,6 +90,23 @@ def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
         )
     kept = {"cells": [cell.model_dump() for cell in cells], "branches": [branch.model_dump() for branch in branches]}
     return MatrixSpec.parse({"name": matrix.name, **kept}, "the selection")
+
+
+def _selected_environments(matrix: MatrixSpec, selection: Selection) -> dict[str, list[str]]:
+    """Return per cell what of it is selected: itself, or the members of its family that are named."""
+    chosen: dict[str, list[str]] = {cell.environment: [] for cell in matrix.cells}
+    if selection.environments is None:
+        return {name: [name] for name in chosen}
+    for name in (requested.replace("_", "-") for requested in selection.environments):
+        family = family_of(name)
+        if name in chosen:
+            chosen[name] = [name]
+        elif family in chosen and family is not None:
+            member = load_environment(name).name
+            chosen[family] = [*chosen[family], member] if family not in chosen[family] else [family]
+        else:
+            raise unknown_name(f"environment of matrix {matrix.name!r}:", name, chosen)
+    return chosen
 
 
 def _is_selected(branch: Branch, selection: Selection) -> bool:
@@ -181,6 +194,6 @@ def computed_epochs(plan: CohortPlan, steps: pa.Table) -> int:
 
 def _snapshot(step: int) -> int:
     """The epoch of the snapshot from which a branch at a step starts."""
-    from esper.tolaria.cohort import SNAPSHOT_EVERY_EPOCHS  # torch: after the cohorts ran, never before
+    from esper.tolaria.governor import SNAPSHOT_EVERY_EPOCHS  # torch: after the cohorts ran, never before
 
     return step - step % SNAPSHOT_EVERY_EPOCHS

@@ -12,7 +12,10 @@ from pydantic import JsonValue
 
 from esper.leyline.matrix import CohortPlan, MatrixSpec
 
-PACKAGES = ("esper", "torch", "numpy", "scipy", "scikit-learn", "pyarrow", "deltalake", "duckdb", "prefect", "pydantic")
+PACKAGES = (
+    *("esper", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow", "deltalake", "duckdb"),
+    *("prefect", "pydantic"),
+)
 
 HOST_DATA: dict[str, dict[str, JsonValue]] = {
     "digits": {
@@ -20,6 +23,24 @@ HOST_DATA: dict[str, dict[str, JsonValue]] = {
         "source": "UCI Machine Learning Repository, E. Alpaydin and C. Kaynak, https://doi.org/10.24432/C50P49",
         "licence": "CC BY 4.0",
         "changes": "split by image; placed at random on a larger canvas with noise where the task says so",
+    },
+    "cifar10": {
+        "name": "CIFAR-10",
+        "source": "A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009",
+        "licence": "none stated by its authors",
+        "changes": "split by image; mean-pooled where the task says so; a Parquet copy may hold JPEG images",
+    },
+    "images": {
+        "name": "images of the user's own (the task's name and path say which)",
+        "source": "the user",
+        "licence": "not known to Esper",
+        "changes": "split by image and resized",
+    },
+    "tinystories": {
+        "name": "TinyStories, or stories that Esper's generator made (source `embedded`)",
+        "source": "R. Eldan and Y. Li, TinyStories, 2023, https://arxiv.org/abs/2305.07759",
+        "licence": "CDLA-Sharing-1.0; embedded stories: the licence of Esper",
+        "changes": "split by story into words and marks; rare words replaced",
     },
 }
 """Per kind of task: whose data the hosts are trained on."""

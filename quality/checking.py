@@ -13,7 +13,7 @@ from esper.karn.catalogue import connect
 from esper.karn.store import Dataset, Version
 from esper.leyline.errors import IntegrityError
 from esper.leyline.rewards import RewardSpec
-from esper.leyline.schema import SCHEMA_VERSION
+from esper.leyline.schema import OLDEST_SCHEMA, SCHEMA_VERSION, schema_version_of
 from esper.leyline.verdict import CheckResult, Verdict
 from quality import (
     behaviour,
@@ -103,15 +103,19 @@ def examine(
 
 
 def stored_schema_problems(version: Version) -> list[str]:
-    """Return how the files of a sealed version differ from leyline's schema: its number, and columns they lack."""
+    """Return how the files of a sealed version differ from leyline's schema: its number, and columns they lack.
+
+    A file that an older schema wrote lacks what came later, and nothing else.
+    """
     problems = []
-    if version.manifest.schema_version != SCHEMA_VERSION:
-        problems.append(f"schema version {version.manifest.schema_version}, expected {SCHEMA_VERSION}")
+    if not OLDEST_SCHEMA <= version.manifest.schema_version <= SCHEMA_VERSION:
+        expected = f"expected {OLDEST_SCHEMA} to {SCHEMA_VERSION}"
+        problems.append(f"schema version {version.manifest.schema_version}, {expected}")
     for table in ("steps", "episodes"):
         lacking: dict[str, int] = {}
         for path in version.files(table):
             found = pq.read_schema(path)
-            for problem in structure.schema_problems(table, found):
+            for problem in structure.schema_problems(table, found, schema_version_of(table, found.names)):
                 if problem.endswith("is missing") and problem != f"{table}.environment is missing":  # the partition
                     lacking[problem] = lacking.get(problem, 0) + 1
         problems += [f"{problem} in {number} files" for problem, number in lacking.items()]

@@ -19,6 +19,7 @@ SELECT c.environment, c.episode_id, c.step,
     (n.next_stages >> (4 * c.action_slot)) & 15 NOT IN ({_OCCUPIED}) AS wrong
 FROM health_core AS c JOIN health_sequence AS n USING (number, step)
 WHERE c.op = 'GERMINATE' AND c.executed AND NOT (c.terminated AND c.outcome <> 'completed')
+    AND NOT coalesce(n.next_rollbacks > c.rollbacks, false)
 """  # noqa: S608 - constants alone
 
 # A seed counts once an epoch of it is over; what a shorter life would show is not known.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import duckdb
+import numpy as np
 
 from esper.leyline.identity import EVALUATION_START, SELECTION_START
-from esper.leyline.observations import GLOBAL_FEATURES, SLOT_FEATURES, slot_column
+from esper.leyline.observations import FEATURES, slot_column
+from esper.leyline.schema import schema_version_of
+from quality.coverage import environment_specs
 from quality.measures import WHOLE, Measure, offences, rows
 from quality.profile import Profile, Range
 
@@ -24,9 +27,11 @@ _STATIC = frozenset(
         *("horizon", "learning_rate", "base_learning_rate", "optimiser", "batch_size", "batches_per_epoch"),
         *("host_params", "host_depth", "num_slots", "max_seeds", "max_fossils", "param_budget"),
         *("present", "resolution", "channels", "kernel", "pool", "narrowed", "frozen", "last_executed"),
+        *("num_rollbacks", "interaction_sum"),
     )
 )
-"""Constant by design: what describes the environment, and `last_executed`, which stays 1 where no gate refuses."""
+"""Constant by design: what describes the environment; `last_executed`, which stays 1 where no gate refuses;
+`num_rollbacks`, 0 where every host stays sound; `interaction_sum`, which only environments that ask for it measure."""
 
 
 _MISPLACED = (
@@ -70,14 +75,19 @@ def _leaks(connection: duckdb.DuckDBPyConnection) -> list[Measure]:
     return [Measure(check="seed_split_leak", environment=WHOLE, value=float(len(found)), message=message)]
 
 
-def _varying_features(num_slots: int) -> list[str]:
-    slots = (
-        slot_column(slot, item.name) for slot in range(num_slots) for item in SLOT_FEATURES if item.name not in _STATIC
-    )
-    return [*(item.name for item in GLOBAL_FEATURES if item.name not in _STATIC), *slots]
+def _varying_features(used_slots: Sequence[int], schema_version: int) -> list[str]:
+    varying = [item for item in FEATURES if item.name not in _STATIC and item.since <= schema_version]
+    slots = (slot_column(slot, item.name) for slot in used_slots for item in varying if item.scope == "slot")
+    return [*(item.name for item in varying if item.scope == "global"), *slots]
 
 
-def _constant(profile: Profile, names: Sequence[str]) -> list[Measure]:
+def _recorded_under(parts: Sequence[Mapping[str, Range]]) -> int:
+    """The schema version of rows: those of an older one have no value in any feature that came later."""
+    valued = {column for ranges in parts for column, (_, _, count) in ranges.items() if count}
+    return schema_version_of("steps", valued)
+
+
+def _constant(profile: Profile, names: Sequence[str], used_slots: Mapping[str, set[int]]) -> list[Measure]:
     """A feature is constant where it has one value, or none, in every row; one that is sometimes null varies."""
     out = []
     for name in (WHOLE, *names):
@@ -86,7 +96,9 @@ def _constant(profile: Profile, names: Sequence[str]) -> list[Measure]:
         if not of:
             out.append(Measure(check="constant_features", environment=name, value=None, message="no training rows"))
             continue
-        used = _varying_features(int(max(ranges["num_slots"][1] or 0 for ranges, _ in of)))
+        recorded = _recorded_under([ranges for ranges, _ in of])
+        slots = set().union(*(used_slots[place] for place in names if name in (WHOLE, place)))
+        used = _varying_features(sorted(slots), recorded)
         total = sum(total for _, total in of)
         constant = [column for column in used if _never_varies([ranges[column] for ranges, _ in of], total)]
         shown = ", ".join(constant[:8]) + (", ..." if len(constant) > 8 else "")
@@ -105,8 +117,10 @@ def _never_varies(ranges: Sequence[Range], total: int) -> bool:
 def measure(connection: duckdb.DuckDBPyConnection, names: Sequence[str], profile: Profile) -> list[Measure]:
     """Return `duplicates`, `seed_split_leak` and `constant_features`."""
     once = "every episode is there once"
+    specs = environment_specs(connection).items()
+    used_slots = {name: set(np.flatnonzero(spec.enabled_slots).tolist()) for name, spec in specs}
     return [
         *offences("duplicates", names, doubled(connection), unit="episodes", sound=once),
         *_leaks(connection),
-        *_constant(profile, names),
+        *_constant(profile, names, used_slots),
     ]

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from esper.leyline.actions import MAX_SLOTS
 from esper.leyline.observations import FEATURES, slot_column
-from esper.leyline.schema import ACTION_FIELDS, EPISODES, STEPS
+from esper.leyline.schema import ACTION_FIELDS, EPISODES, SCHEMA_VERSION, SCHEMAS, STEPS, columns_under
 from quality.measures import WHOLE, Measure, offences, rows
 from quality.profile import Profile
 
@@ -171,11 +171,11 @@ def _kind(kind: pa.DataType) -> str:
     return str(kind)
 
 
-def schema_problems(table: str, found: pa.Schema) -> list[str]:
-    """Return how a table's columns differ from leyline's schema: what lacks, and what is of another kind."""
-    wanted = EPISODES if table == "episodes" else STEPS
+def schema_problems(table: str, found: pa.Schema, schema_version: int = SCHEMA_VERSION) -> list[str]:
+    """Return how a table's columns differ from those of a schema version: what lacks, and what is of another kind."""
     problems = []
-    for item in wanted:
+    for name in columns_under(table, schema_version):
+        item = SCHEMAS[table].field(name)
         if item.name in OPTIONAL_COLUMNS:
             continue
         if item.name not in found.names:

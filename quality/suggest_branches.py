@@ -44,6 +44,9 @@ SHORTEST_LIFE = {
 }
 """Epochs that an op needs before it has told anything: for a seed's begin, those to its commitment at the least."""
 
+ASKED_EPOCHS = 2
+"""What a life takes longer where every gate is asked: an ADVANCE before training, and one before holding."""
+
 _FOLLOWS = {Op.ADVANCE: (Op.GERMINATE,), Op.FOSSILIZE: (Op.GERMINATE, Op.ADVANCE)}
 
 
@@ -111,7 +114,8 @@ class Branches:
         site, step = self.findings.sites[parent.environment], int(states.step[state])
         mask_T = unpack_mask(np.frombuffer(states.mask[state], dtype=np.uint8)[None])[0]
         counts = self.counts[parent.environment]
-        action = choose_action(op, mask_T, counts, site.spec.horizon - step)
+        left = site.spec.horizon - step - ASKED_EPOCHS * site.spec.ask_at_every_gate
+        action = choose_action(op, mask_T, counts, left)
         if op is not Op.WAIT:
             counts.add(action.tolist())
         for follower, causes in _FOLLOWS.items():
@@ -124,7 +128,7 @@ class Branches:
                 replicate=parent.replicate,
                 step=step,
                 parent=parent.actor,
-                action=ForcedAction.of_row(action),
+                action=ForcedAction.of_row(action, site.spec.host.topology),
                 then=BranchActor(controller="complete"),
             )
         )
@@ -174,7 +178,9 @@ def branch_candidates(findings: Findings) -> Candidates:
     state, op = np.nonzero(states.valid_NO & ~states.taken_NO & usable[:, None])
     left = horizon_N[state] - states.step[state]
     shortest = np.array([SHORTEST_LIFE.get(name, 1) for name in Op])
-    fits = left >= np.minimum(shortest[op], horizon_N[state] // 2)
+    asking = [name for name, site in findings.sites.items() if site.spec.ask_at_every_gate]
+    asked = np.isin(np.array(states.environment)[state], asking) & np.isin(op, (Op.GERMINATE, Op.ADVANCE))
+    fits = left >= np.minimum(shortest[op] + ASKED_EPOCHS * asked, horizon_N[state] // 2)
     kept = np.flatnonzero(fits)
     single = np.append(findings.cluster_ops.sum(axis=1) == 1, False)[states.cluster[state[kept]]]
     kept = kept[np.argsort(~single, kind="stable")]

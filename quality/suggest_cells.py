@@ -143,7 +143,7 @@ class Cells:
         for episode in fresh:
             arm = expected_arm(self.findings, option.environment, episode.controller.name, episode.epsilon)
             per_replicate += episode.epsilon * float(arm.taken[Op.GERMINATE])
-        slots = site.spec.host.num_slots
+        slots = int(site.spec.enabled_slots.sum())
         sizes = (slots, *(int(mask.sum()) for mask in site.spec.lever_masks()))
         pairs = unseen_pairs(site, counts)
         for sign, draws in ((1, per_replicate * count), (-1, per_replicate * (count - 1))):

@@ -15,7 +15,7 @@ from esper.leyline.actions import LEVER_SIZES, MAX_SLOTS, NUM_OPS, Op
 from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS
 from esper.leyline.errors import EsperError, HealthError
 from esper.leyline.identity import EpisodeIdentity, env_seed
-from esper.leyline.library import load
+from esper.leyline.library import load_environment
 from esper.leyline.matrix import BranchActor, PlannedEpisode
 from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.plans import plan_actor
@@ -234,7 +234,7 @@ def _sites(connection: duckdb.DuckDBPyConnection, version: Version) -> tuple[dic
         name = row["environment"]
         reward = rewards.get(name) if isinstance(rewards, dict) else None
         try:
-            spec = load("environments", name, EnvironmentSpec)
+            spec = load_environment(name)
         except EsperError as error:
             left_out[name] = str(error).splitlines()[0]
             continue

@@ -203,7 +203,7 @@ def model_of(findings: Findings, checks: tuple[CheckResult, ...]) -> Model:
         masks = site.spec.lever_masks()
         offered = (
             masks[0].sum() * masks[2].sum(),
-            site.spec.host.num_slots * (NUM_OPS - 1) + sum(m.sum() for m in masks),
+            site.spec.enabled_slots.sum() * (NUM_OPS - 1) + sum(m.sum() for m in masks),
         )
         pairs_on_offer += int(offered[0])
         values_on_offer += int(offered[1])
@@ -227,7 +227,8 @@ def unseen_pairs(site: Site, counts: ActionCounts) -> Bools:
 
 def unseen_values(site: Site, counts: ActionCounts) -> tuple[Bools, ...]:
     """Return what on offer was never taken: slot by op (without WAIT) bool [slots, 4], then the values by lever."""
-    slots = counts.slot_ops[: site.spec.host.num_slots, 1:] == 0
+    enabled = site.spec.enabled_slots
+    slots = (counts.slot_ops[: len(enabled), 1:] == 0) & enabled[:, None]
     levers = (mask & (taken == 0) for mask, taken in zip(site.spec.lever_masks(), counts.levers, strict=True))
     return (slots, *levers)
 

@@ -22,6 +22,7 @@ from esper.leyline.actions import (
     MAX_SLOTS,
     NUM_OPS,
     OP_SLICE,
+    TEMPO_EPOCHS,
     TREE_WIDTH,
     Bools,
     Op,
@@ -36,6 +37,7 @@ from esper.leyline.masks import LeverRules, build_mask
 from esper.leyline.observations import slot_column
 from esper.leyline.schema import ACTION_FIELDS
 from esper.leyline.specs import EnvironmentSpec
+from esper.leyline.stages import Stage
 from esper.leyline.tree import log_prob, log_softmax, uniform_logits
 from quality.arrays import Floats, Ints, flags, numbers, ops
 from quality.audit import Tally, TreeAudit
@@ -47,7 +49,7 @@ MASK_BYTES = (TREE_WIDTH + 7) // 8
 
 _MASK_FEATURES = (
     *("num_slots", "max_seeds", "max_fossils", "param_budget", "seed_params"),
-    *(slot_column(slot, name) for name in ("stage", "epochs_in_stage", "dwell") for slot in range(MAX_SLOTS)),
+    *(slot_column(slot, name) for name in ("stage", "epochs_in_stage", "dwell", "tempo") for slot in range(MAX_SLOTS)),
 )
 _OTHERS = (
     *("environment", "environment_id", "env_seed", "role", "episode_id", "number", "step", "kind", "replayed"),
@@ -62,11 +64,18 @@ GERMINATE_ENTRIES[lever_slice(0, 0).start :] = True
 
 
 def _mask_key() -> str:
-    """The SQL of a hash of all that the stored mask is compared with; epochs count up to the longest dwell alone."""
+    """The SQL of a hash of all that the stored mask is compared with.
+
+    Epochs count up to the longest dwell alone; up to the longest tempo while blending, where every gate is asked.
+    """
     parts = ["environment_id", "tree_mask", "valid_ops", "valid_slots", "forced", "param_budget IS NULL"]
     for name in _MASK_FEATURES:
         if name.endswith("_epochs_in_stage"):
-            parts.append(f"least({name}, {max(DWELL_EPOCHS)})")
+            blends = f"asks AND {name.replace('epochs_in_stage', 'stage')} = {int(Stage.BLENDING)}"
+            longest = f"CASE WHEN {blends} THEN {max(TEMPO_EPOCHS)} ELSE {max(DWELL_EPOCHS)} END"
+            parts.append(f"least({name}, {longest})")
+        elif name.endswith("_tempo"):
+            parts.append(f"CASE WHEN asks THEN {name} END")
         elif name not in ("param_budget", "seed_params"):
             parts.append(name)
     return f"hash({', '.join(parts)})"
@@ -204,8 +213,7 @@ def lever_rules(connection: duckdb.DuckDBPyConnection) -> dict[str, LeverRules]:
     specs = rows(connection.sql("SELECT environment_id, min(environment_spec) AS spec FROM episodes GROUP BY ALL"))
     free = np.zeros((MAX_SLOTS, LEVER_SIZES[0]), dtype=np.int64)
     return {
-        row["environment_id"]: LeverRules(free, EnvironmentSpec.model_validate_json(row["spec"]).lever_masks())
-        for row in specs
+        row["environment_id"]: LeverRules.of(EnvironmentSpec.model_validate_json(row["spec"]), free) for row in specs
     }
 
 

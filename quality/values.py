@@ -14,7 +14,6 @@ import duckdb
 
 from esper.leyline.actions import (
     BLENDS,
-    CNN_BLUEPRINTS,
     DWELL_EPOCHS,
     ISOLATIONS,
     LEVERS,
@@ -26,8 +25,7 @@ from esper.leyline.specs import EnvironmentSpec
 from quality.coverage import decisions, environment_specs, possible_ops
 from quality.measures import WHOLE, Measure, rows
 
-LEVER_NAMES: dict[str, tuple[str, ...]] = {
-    "blueprint": CNN_BLUEPRINTS,
+_LEVER_NAMES: dict[str, tuple[str, ...]] = {
     "blend": tuple(blend.value for blend in BLENDS),
     "tempo": tuple(f"{epochs} epochs" for epochs in TEMPO_EPOCHS),
     "dwell": tuple(f"{epochs} epochs" for epochs in DWELL_EPOCHS),
@@ -90,7 +88,8 @@ def _slots(here: duckdb.DuckDBPyRelation, name: str, spec: EnvironmentSpec) -> l
         valid, taken = rows(here.aggregate(", ".join(sums)))[0], _counted(read, "action_slot")
         out += [
             _count(name, f"slot of {op.name}", str(slot), valid[f"s{slot}"], taken.get(slot))
-            for slot in range(spec.host.num_slots)
+            for slot, enabled in enumerate(spec.enabled_slots)
+            if enabled
         ]
     return out
 
@@ -100,11 +99,12 @@ def _levers(here: duckdb.DuckDBPyRelation, name: str, spec: EnvironmentSpec) -> 
         return []
     born = here.filter("op = 'GERMINATE'")
     num = rows(born.aggregate("count(*) AS n"))[0]["n"]
+    names = {"blueprint": spec.blueprints, **_LEVER_NAMES}
     out = []
     for lever, offered in zip(LEVERS, spec.lever_masks()):
         taken = _counted(born, f"action_{lever}")
         out += [
-            _count(name, lever, LEVER_NAMES[lever][code], num, taken.get(code))
+            _count(name, lever, names[lever][code], num, taken.get(code))
             for code, is_offered in enumerate(offered)
             if is_offered
         ]

@@ -28,6 +28,9 @@ WITH seen AS (
         any_value(controller_spec ->> '$.kind') AS kind, any_value(root) AS root, any_value(outcome) AS outcome,
         any_value(environment_id) AS environment_id, any_value(control_valid) AS control_valid,
         any_value((environment_spec ->> '$.holding_patience') IS NOT NULL) AS has_patience,
+        any_value((environment_spec ->> '$.holding_patience')::INTEGER) AS patience,
+        coalesce(any_value((environment_spec ->> '$.ask_at_every_gate')::BOOLEAN), false) AS asks,
+        coalesce(any_value(environment_spec ->> '$.gates'), 'permissive') = 'strict' AS strict,
         any_value((environment_spec ->> '$.horizon')::INTEGER) AS horizon,
         any_value(branch_parent) AS branch_parent, any_value(branch_step) AS branch_step,
         max(num_steps) AS num_steps, count(*) AS copies,
@@ -50,7 +53,7 @@ FROM joined
 # Views are temporary: a catalogue's connection cannot write to its own database.
 _ROWS = """
 CREATE OR REPLACE TEMP VIEW health_rows AS
-SELECT s.*, e.outcome, e.root, e.has_patience, e.kind, e.number, e.environment_id
+SELECT s.*, e.outcome, e.root, e.has_patience, e.patience, e.asks, e.strict, e.kind, e.number, e.environment_id
 FROM steps AS s JOIN health_episodes AS e USING (episode_id) WHERE e.sound
 """
 
@@ -60,7 +63,7 @@ _COPIED = (
     *("val_loss", "val_accuracy", "control_val_loss", "control_val_accuracy", "seed_params", "host_params"),
     *("reward_accuracy_points", "reward_growth_log2"),
     *("final_val_accuracy", "control_final_val_accuracy", "final_seed_params", "terminated", "truncated"),
-    *("outcome", "root", "has_patience", "number"),
+    *("outcome", "root", "has_patience", "asks", "number"),
 )
 
 
@@ -79,21 +82,23 @@ def _blended() -> str:
 _CORE = f"""
 CREATE OR REPLACE TEMP TABLE health_core AS
 SELECT {", ".join(_COPIED)}, hash(state_id) AS state_hash,
-    {stage_code()} AS stages, coalesce({_blended()}, false) AS blended
+    {stage_code()} AS stages, coalesce({_blended()}, false) AS blended, coalesce(num_rollbacks, 0)::INTEGER AS rollbacks
 FROM health_rows
 """  # noqa: S608 - constants alone
 
-# Only the lineage's key at the start and the row after are needed, so that the window holds two columns of each.
+# Only the lineage's key at the start and the row after are needed, so that the window holds three columns of each.
 _SEQUENCE = """
 CREATE OR REPLACE TEMP TABLE health_sequence AS
-SELECT number, step, lead(stages) OVER after AS next_stages, lead(host_key) OVER after AS next_host_key
+SELECT number, step, lead(stages) OVER after AS next_stages, lead(host_key) OVER after AS next_host_key,
+    lead(rollbacks) OVER after AS next_rollbacks
 FROM health_core WINDOW after AS (PARTITION BY number ORDER BY step)
 """
 
 _MOVES = """
 CREATE OR REPLACE TEMP TABLE health_moves AS
 SELECT c.episode_id, c.environment, c.number, c.step, c.op, c.action_slot, c.executed, c.host_key, c.outcome, c.root,
-    c.has_patience, c.terminated, c.stages, n.next_stages, n.next_host_key
+    c.has_patience, c.asks, c.terminated, c.stages, n.next_stages, n.next_host_key,
+    n.next_rollbacks > c.rollbacks AS rolled_back
 FROM health_core AS c JOIN health_sequence AS n USING (number, step)
 WHERE NOT c.is_last AND (c.stages <> n.next_stages OR c.host_key <> n.next_host_key OR (c.executed AND c.op <> 'WAIT'))
 """
@@ -126,32 +131,52 @@ LEFT JOIN health_births AS b ON b.number = m.number AND b.step = m.step
 WHERE stage <> next_stage OR cause IS NOT NULL
 """
 
-CAUSED: dict[Op, tuple[tuple[Stage, Stage], ...]] = {
-    Op.GERMINATE: ((Stage.DORMANT, Stage.GERMINATED), (Stage.DORMANT, Stage.TRAINING)),
-    Op.ADVANCE: ((Stage.TRAINING, Stage.BLENDING),),
-    Op.FOSSILIZE: ((Stage.HOLDING, Stage.FOSSILIZED),),
-    Op.PRUNE: tuple((stage, after) for stage in sorted(LIVE_STAGES) for after in (Stage.PRUNED, Stage.EMBARGOED)),
-}
-"""What each op makes of its slot by the next row. G1 starts TRAINING within the step that germinates; PRUNED lasts one
-epoch, so the next row may already show EMBARGOED."""
+_PRUNED = tuple((stage, after) for stage in sorted(LIVE_STAGES) for after in (Stage.PRUNED, Stage.EMBARGOED))
+"""PRUNED lasts one epoch, so the next row may already show EMBARGOED."""
+
+Pairs = tuple[tuple[Stage, Stage], ...]
 
 
-def one_step_relation() -> set[tuple[Stage, Stage]]:
+def caused_by(asks: bool) -> dict[Op, Pairs]:
+    """Return what each op makes of its slot by the next row.
+
+    Args:
+        asks: Every gate waits for an ADVANCE; else G1 starts TRAINING within the step that germinates, and G3 opens
+            by itself.
+    """
+    blend = (Stage.TRAINING, Stage.BLENDING)
+    start, hold = (Stage.GERMINATED, Stage.TRAINING), (Stage.BLENDING, Stage.HOLDING)
+    return {
+        Op.GERMINATE: ((Stage.DORMANT, Stage.GERMINATED if asks else Stage.TRAINING),),
+        Op.ADVANCE: (start, blend, hold) if asks else (blend,),
+        Op.FOSSILIZE: ((Stage.HOLDING, Stage.FOSSILIZED),),
+        Op.PRUNE: _PRUNED,
+    }
+
+
+def one_step_relation(asks: bool = False) -> set[tuple[Stage, Stage]]:
     """Return the changes of a slot that one step can bring: the table's, and pairs of which the first is instant."""
-    table = {(before, after) for before, allowed in LEGAL_TRANSITIONS.items() for after in allowed}
-    shortcuts = {(Stage.DORMANT, Stage.TRAINING)}
+    relation = {(before, after) for before, allowed in LEGAL_TRANSITIONS.items() for after in allowed}
+    if not asks:
+        relation = relation - {(Stage.DORMANT, Stage.GERMINATED)} | {(Stage.DORMANT, Stage.TRAINING)}
     if COOLDOWN_EPOCHS[Stage.PRUNED] == 1:
-        shortcuts |= {(stage, Stage.EMBARGOED) for stage in LIVE_STAGES}
-    return table | shortcuts
+        relation |= {(stage, Stage.EMBARGOED) for stage in LIVE_STAGES}
+    return relation
 
 
 def prepare(connection: duckdb.DuckDBPyConnection) -> None:
     """Make the working tables and views (`health_*`) on a connection that has `steps` and `episodes`."""
     for statement in (_EPISODES, _ROWS, _CORE, _SEQUENCE, _MOVES, _BIRTHS, _CHANGES.format(slots=MAX_SLOTS)):
         connection.execute(statement)
-    connection.execute("CREATE OR REPLACE TEMP TABLE health_legal (stage INTEGER, next_stage INTEGER)")
-    connection.execute("CREATE OR REPLACE TEMP TABLE health_caused (op VARCHAR, stage INTEGER, next_stage INTEGER)")
-    legal = [[int(before), int(after)] for before, after in sorted(one_step_relation())]
-    caused = [[op.name, int(before), int(after)] for op, pairs in CAUSED.items() for before, after in pairs]
-    connection.executemany("INSERT INTO health_legal VALUES (?, ?)", legal)
-    connection.executemany("INSERT INTO health_caused VALUES (?, ?, ?)", caused)
+    connection.execute("CREATE OR REPLACE TEMP TABLE health_legal (asks BOOLEAN, stage INTEGER, next_stage INTEGER)")
+    connection.execute(
+        "CREATE OR REPLACE TEMP TABLE health_caused (asks BOOLEAN, op VARCHAR, stage INTEGER, next_stage INTEGER)"
+    )
+    legal, caused = [], []
+    for asks in (False, True):
+        legal += [[asks, int(before), int(after)] for before, after in sorted(one_step_relation(asks))]
+        caused += [
+            [asks, op.name, int(before), int(after)] for op, pairs in caused_by(asks).items() for before, after in pairs
+        ]
+    connection.executemany("INSERT INTO health_legal VALUES (?, ?, ?)", legal)
+    connection.executemany("INSERT INTO health_caused VALUES (?, ?, ?, ?)", caused)

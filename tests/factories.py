@@ -14,7 +14,9 @@ from synthetic_host import Trajectory, blueprint_params, host_params
 
 from esper.leyline.actions import (
     ACTION_WIDTH,
+    BLENDS,
     Actions,
+    Blend,
     Op,
     action_from_row,
     is_forced,
@@ -139,7 +141,7 @@ def _cohort(plan: CohortPlan, seed: int, refusal_rate: float) -> Tables:
         _Run(planned, episode_id, Trajectory(spec, plan.env_seed, seed))
         for planned, episode_id in zip(plan.episodes, plan.episode_ids())
     ]
-    rules = LeverRules(blueprint_params(spec), spec.lever_masks())
+    rules = LeverRules.of(spec, blueprint_params(spec))
     for step in range(spec.horizon + 1):
         observed = [run.host.observe() for run in runs]
         columns = {name: np.array([obs[name] for obs in observed], np.float32) for name in FEATURE_COLUMNS}
@@ -208,7 +210,9 @@ def greedy_action(name: str, mask: np.ndarray, host: Trajectory, offset: int) ->
     waits = len(name) % 2 if offset == 0 else 0
     if mask[Op.GERMINATE] and not mask[Op.PRUNE] and host.step >= waits:
         slot = int(np.flatnonzero(mask[slot_slice(Op.GERMINATE)])[0])
-        row[0] = Op.GERMINATE, slot, (len(name) + offset + slot) % 8, 0, 0, 0, 1, 1
+        # Levers differ by slot, so that rules alone take values that chance may leave out.
+        blend, seed_lr = (BLENDS.index(Blend.GATED), 2) if slot % 2 else (BLENDS.index(Blend.LINEAR), 1)
+        row[0] = Op.GERMINATE, slot, (len(name) + offset + 3 * slot) % 8, blend, 0, 0, 1, seed_lr
     return row
 
 
@@ -293,6 +297,9 @@ def _finish(run: _Run, plan: CohortPlan) -> dict[str, Any]:
         "uncommitted_test_accuracy": host.final_accuracy("test", committed=False),
         "control_final_test_accuracy": trunk.final_accuracy("test", committed=True),
         "control_valid": True,
+        "num_rollbacks": 0,
+        "data_source": "synthetic",
+        "data_digest": hex_digest(["synthetic", plan.environment.task.kind], 16),
         "host_params": host_params(plan.environment),
         "num_fossils": sum(slot.stage.name == "FOSSILIZED" for slot in host.slots),
         "train_flops": sum(row["train_flops"] for row in run.rows[:-1]),

@@ -17,7 +17,13 @@ from esper.leyline.actions import (
 )
 from esper.leyline.identity import extend_host_key, root_host_key, state_id
 from esper.leyline.keys import hex_digest, numpy_generator
-from esper.leyline.observations import FEATURE_COLUMNS, NUM_LAGS, SLOT_FEATURES, slot_column
+from esper.leyline.observations import (
+    CONTRIBUTION_PERCENTS,
+    FEATURE_COLUMNS,
+    NUM_LAGS,
+    SLOT_FEATURES,
+    slot_column,
+)
 from esper.leyline.specs import EnvironmentSpec
 from esper.leyline.stages import (
     BLENDED_STAGES,
@@ -50,7 +56,7 @@ def host_params(spec: EnvironmentSpec) -> int:
 
 def alpha_of(blend: int, share: float) -> float:
     """The blending curve at a share of its length; 1 at the end."""
-    steepness = (0.0, 6.0, 12.0, 24.0, 12.0)[blend]
+    steepness = (0.0, 6.0, 12.0, 24.0, 0.0)[blend]
     if not steepness:
         return share
 
@@ -217,6 +223,8 @@ class Trajectory:
             "param_budget": NAN if spec.param_budget is None else spec.param_budget,
             "last_op": self.last_op,
             "last_executed": float(self.last_executed),
+            "host_weight_change": 0.3 / (1 + self.step) + 0.01 * losses[-1] if self.step else NAN,
+            "num_rollbacks": 0,
         }
         for lag in range(1, min(NUM_LAGS, self.step) + 1):
             out[f"val_loss_lag{lag}"] = losses[-1 - lag]
@@ -224,6 +232,10 @@ class Trajectory:
         for index in range(MAX_SLOTS):
             values = self._observe_slot(index)
             out |= {slot_column(index, name): value for name, value in values.items()}
+        costs = [out[slot_column(index, "removal_cost")] for index in range(MAX_SLOTS)]
+        measured = [cost for cost in costs if not np.isnan(cost)]
+        if measured:
+            out["removal_cost_all"] = sum(measured)
         return out
 
     def _observe_slot(self, index: int) -> dict[str, float]:
@@ -246,10 +258,19 @@ class Trajectory:
             "weight_norm": 1.0 + slot.epochs,
         }
         out |= {"gradient_vanishing": 0.0, "gradient_exploding": 0.0}
+        live = 1 + self.step - slot.birth
+        out |= {"gradient_ratio": min(10.0, 0.4 + worth / live), "stable_share": 1.0 if worth < 12 else 1 - 0.5 / live}
+        out |= {"gradient_variation": 0.8 / live if live > 2 else NAN}
         if slot.stage in INCUBATING_STAGES:
             out |= {"seed_improvement": worth / 2 + noise, "val_loss_drop": worth / 200, "train_loss_drop": worth / 150}
             out |= {"g2_headroom": slot.epochs - DWELL_EPOCHS[slot.levers[3]]}
         else:
             out |= {"removal_cost": worth * slot.alpha + noise, "removal_age": 0, "improvement_since_stage": noise}
             out |= {"blending_velocity": 1 / TEMPO_EPOCHS[slot.levers[2]] if slot.stage is Stage.BLENDING else 0.0}
+            out |= {"gradient_through_seed": 0.1 * worth * slot.alpha if slot.levers[4] else 0.0}
+            out |= {
+                f"contribution_{percent}": worth * percent / 100
+                for percent in CONTRIBUTION_PERCENTS
+                if 100 * slot.alpha >= percent
+            }
         return out

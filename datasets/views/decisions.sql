@@ -1,5 +1,9 @@
 -- One row per decision: the state, the action in words, the reward's components, the next state.
-WITH ordered AS (
+WITH transformers AS (
+    SELECT environment FROM episodes WHERE contains(environment_spec, '"kind":"transformer"')
+),
+
+ordered AS (
     SELECT
         *,
         lead(host_key) OVER episode AS next_host_key,
@@ -8,8 +12,11 @@ WITH ordered AS (
         lead(seed_params) OVER episode AS next_seed_params,
         [s0_stage, s1_stage, s2_stage, s3_stage, s4_stage, s5_stage] AS stages,
         [s0_blueprint, s1_blueprint, s2_blueprint, s3_blueprint, s4_blueprint, s5_blueprint] AS blueprints,
-        ['norm', 'attention', 'conv_small', 'bottleneck', 'depthwise', 'dilated', 'conv_light', 'conv_heavy']
-            AS blueprint_names,
+        CASE
+            WHEN environment IN (SELECT environment FROM transformers)
+                THEN ['norm', 'lora', 'lora_large', 'attention', 'mlp_small', 'mlp', 'gated_mlp', 'conv']
+            ELSE ['norm', 'attention', 'conv_small', 'bottleneck', 'depthwise', 'dilated', 'conv_light', 'conv_heavy']
+        END AS blueprint_names,
         ['DORMANT', 'GERMINATED', 'TRAINING', 'BLENDING', NULL, 'HOLDING', 'FOSSILIZED', 'PRUNED', 'EMBARGOED', 'RESETTING']
             AS stage_names
     FROM steps

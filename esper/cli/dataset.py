@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 dataset = App(name="dataset", help="List, show and verify datasets.", result_action="return_value")
 
 _CELLS = """
-SELECT environment, role, controller, epsilon, episodes, env_seeds, distinct_histories, diverged, failed,
-    mean_gain_points, mean_test_gain_points, mean_fossils
+SELECT environment, role, controller, epsilon, episodes, env_seeds, distinct_histories, rolled_back, diverged, failed,
+    control_invalid, mean_gain_points, mean_test_gain_points, mean_fossils
 FROM cells ORDER BY environment, role, controller, epsilon
 """
 

@@ -17,6 +17,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("health", "Check a sealed version and store its verdict."),
     ("train", "Train a policy: bc, iql, cql or ppo."),
     ("evaluate", "Compare policies and controls on held-out environment seeds."),
+    ("heuristic", "Run the heuristic on an environment and show every epoch."),
+    ("poc", "The proof of concept: growing against not growing."),
     ("report", "Write the HTML report of a run."),
     ("sql", "Query a sealed version with SQL."),
     ("dataset", "List, show and verify datasets."),

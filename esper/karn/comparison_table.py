@@ -38,7 +38,7 @@ def comparison_table(evaluation: Evaluation, environment: str) -> list[list[str]
     """Return one row of text per arm of an environment, in the order of HEADINGS.
 
     A cell with an interval has two lines: the mean, then the interval's ends. Under the name of an arm stands how many
-    of its episodes diverged, if any did.
+    of its episodes diverged and were rolled back, if any.
     """
     return [_row(arm) for arm in arms_of(evaluation, environment)]
 
@@ -78,8 +78,9 @@ def findings(evaluation: Evaluation, environment: str) -> list[str]:
 def _row(arm: ArmResult) -> list[str]:
     gains = [_versus(arm.gain_over.get(name), 1) for name in REFERENCES]
     returns = [_versus(arm.return_over.get(name), 2) for name in REFERENCES[1:]]
+    mishaps = ((arm.num_diverged, "diverged"), (arm.num_rolled_back, "rolled back"))
     return [
-        f"{arm.arm}\n{arm.num_diverged} diverged" if arm.num_diverged else arm.arm,
+        "\n".join([arm.arm, *(f"{count} {what}" for count, what in mishaps if count)]),
         interval_text(arm.test_accuracy_percent, 1, signed=False),
         *gains,
         interval_text(arm.mean_return, 2),

@@ -103,6 +103,8 @@ def append(table: DeltaTable, name: str, rows: pa.Table, commit_id: str, attempt
                     table,
                     rows,
                     mode="append",
+                    # A table that an older schema made gains the columns that came later; its own rows have null there.
+                    schema_mode="merge" if _lacks_columns(table, rows) else None,
                     partition_by=[PARTITION_COLUMN],
                     writer_properties=writer_properties(name),
                     commit_properties=properties,
@@ -113,6 +115,10 @@ def append(table: DeltaTable, name: str, rows: pa.Table, commit_id: str, attempt
             else:
                 return True
     raise StoreError(f"cannot append to {table.table_uri}: other processes won {APPEND_TRIES} times; run it again")
+
+
+def _lacks_columns(table: DeltaTable, rows: pa.Table) -> bool:
+    return not set(rows.column_names) <= {field.name for field in table.schema().fields}
 
 
 def read_current(path: Path, table: str, columns: Sequence[str], env_seeds: Sequence[int] | None = None) -> pa.Table:

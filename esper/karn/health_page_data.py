@@ -28,6 +28,7 @@ from esper.leyline.actions import (
     lever_slice,
     unpack_mask,
 )
+from esper.leyline.host_specs import BLUEPRINTS
 from esper.leyline.rewards import RewardSpec
 
 Floats = NDArray[np.float64]
@@ -60,12 +61,14 @@ class Coverage:
         valid_SO: Decisions in which that op was valid in that slot, [S, 4].
         germinated_BL: Germinations by blueprint and lever value, [8, 18]: blend, tempo, dwell, isolation, seed_lr.
         possible_BL: Whether the pair was ever valid in one state, [8, 18].
+        blueprints: The names of the eight.
     """
 
     taken_SO: Counts
     valid_SO: Counts
     germinated_BL: Counts
     possible_BL: NDArray[np.bool_]
+    blueprints: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +188,12 @@ def _entropies(counts: OpCounts) -> dict[str, dict[str, list[tuple[int, float]]]
     return {environment: dict(lines) for environment, lines in found.items()}
 
 
+_TRANSFORMERS = """
+SELECT DISTINCT environment FROM episodes WHERE contains(environment_spec, '"kind":"transformer"')
+"""
+"""As the view `decisions` has it: the specification is read as text, since it may be damaged."""
+
+
 def _coverage(connection: duckdb.DuckDBPyConnection) -> dict[str, Coverage]:
     ops = list(Op)[1:]
     parts = [
@@ -196,6 +205,7 @@ def _coverage(connection: duckdb.DuckDBPyConnection) -> dict[str, Coverage]:
     relation = connection.table("page_decisions").aggregate(f"environment, {', '.join(parts)}", "environment")
     counted: list[dict[str, Any]] = relation.order("environment").to_arrow_table().to_pylist()
     germinated, possible = _germinated(connection), _possible(connection)
+    transformers = {row["environment"] for row in _rows(connection, _TRANSFORMERS)}
     found = {}
     for row in counted:
         name = row["environment"]
@@ -209,6 +219,7 @@ def _coverage(connection: duckdb.DuckDBPyConnection) -> dict[str, Coverage]:
             valid_SO=valid[:used],
             germinated_BL=germinated.get(name, _no_pairs()),
             possible_BL=possible.get(name, _no_pairs().astype(bool)),
+            blueprints=BLUEPRINTS["transformer" if name in transformers else "cnn"],
         )
     return found
 

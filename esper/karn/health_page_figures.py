@@ -24,7 +24,7 @@ from esper.karn.report_figures import (
     data_uri,
     margin_labels,
 )
-from esper.leyline.actions import CNN_BLUEPRINTS, DWELL_EPOCHS, LEVER_SIZES, NUM_OPS, TEMPO_EPOCHS, Op
+from esper.leyline.actions import DWELL_EPOCHS, LEVER_SIZES, NUM_OPS, TEMPO_EPOCHS, Op
 
 Line = Sequence[tuple[int, float]]
 
@@ -93,7 +93,7 @@ def levers_figure(coverage: Coverage) -> str:
             number = int(counts[row, col])
             shade = float(np.log1p(number) / top)
             _cell(axes, row, col, shade, number, bool(possible[row, col]), _compact(number), 7.5)
-        _grid_axes(axes, list(CNN_BLUEPRINTS), list(LEVER_VALUES))
+        _grid_axes(axes, list(coverage.blueprints), list(LEVER_VALUES))
         edge = -0.5
         for name, size in zip(LEVER_GROUPS, LEVER_SIZES[1:]):
             axes.text(edge + size / 2, -1.5, name, ha="center", va="bottom", fontsize=8, fontweight="bold")

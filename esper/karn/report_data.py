@@ -67,6 +67,7 @@ class Counts:
     episodes: int
     env_seeds: int
     histories: int
+    rolled_back: int
     diverged: int
     failed: int
     control_invalid: int
@@ -110,6 +111,7 @@ def read_counts(version: Version) -> list[Counts]:
             episodes=len(rows),
             env_seeds=len({row["env_seed"] for row in rows}),
             histories=len({row["history_id"] for row in rows}),
+            rolled_back=sum(row["outcome"] == "rolled_back" for row in rows),
             diverged=sum(row["outcome"] == "diverged" for row in rows),
             failed=sum(row["outcome"] == "failed" for row in rows),
             control_invalid=sum(not row["control_valid"] for row in rows),

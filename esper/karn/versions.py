@@ -115,6 +115,8 @@ class Version:
     ) -> pa.Table:
         """Return rows with the schema's types: existing episodes, last attempts, in store order.
 
+        A column that is younger than the version is null.
+
         Args:
             table: `steps`, `costs` or `episodes`.
             columns: Names in the order wanted; all of the schema's where None.
@@ -203,9 +205,11 @@ class Version:
 
     def compute_digest(self, block_rows: int = 65_536) -> str:
         """Return the digest of what the files hold now (see `karn.digest`)."""
-        names = deterministic_columns("steps")
+        schema_version = self.manifest.schema_version
+        names = deterministic_columns("steps", schema_version)
         blocks = self._blocks("steps", names, None, block_rows)
-        return dataset_digest(self._read("episodes", None, None, self.files("episodes")), blocks)
+        episodes = self._read("episodes", None, None, self.files("episodes"))
+        return dataset_digest(episodes, blocks, schema_version)
 
     def verify(self) -> list[str]:
         """Return every difference between the files and the manifest; empty where the version is sound."""

@@ -7,20 +7,38 @@ from dataclasses import dataclass, replace
 from esper.leyline.actions import BLENDS, DWELL_EPOCHS, ISOLATIONS, SEED_LR_FACTORS, TEMPO_EPOCHS, Blend, Isolation
 from esper.leyline.stages import COOLDOWN_EPOCHS, Stage, check_transition
 
+NOT_STARTED = -1
+"""The start epoch of a seed that does not train yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class SeedKey:
-    """What determines a seed's weights on a given lineage."""
+    """What determines a seed's weights on a given lineage.
+
+    Attributes:
+        slot: Index of its slot.
+        blueprint: Index of its blueprint.
+        seed_lr: Index of its multiple of the host's learning rate.
+        birth_epoch: When it was germinated; its first weights follow from that.
+        incubation: How it learns before the host knows it.
+        start_epoch: When its training began: at birth, unless every gate is asked; NOT_STARTED before that.
+    """
 
     slot: int
     blueprint: int
     seed_lr: int
     birth_epoch: int
     incubation: str
+    start_epoch: int
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the seed trains."""
+        return self.start_epoch != NOT_STARTED
 
     def parts(self) -> tuple[int | str, ...]:
         """The key as plain values."""
-        return (self.slot, self.blueprint, self.seed_lr, self.birth_epoch, self.incubation)
+        return (self.slot, self.blueprint, self.seed_lr, self.birth_epoch, self.incubation, self.start_epoch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +90,7 @@ class SlotState:
 
 
 def germinate(slot: SlotState, seed: SeedKey, levers: tuple[int, int, int, int], accuracy: float) -> SlotState:
-    """Return the slot with a new seed, already TRAINING (G1 is structural).
+    """Return the slot with a new seed: TRAINING at once, or GERMINATED where its key says that it has not started.
 
     Args:
         slot: A DORMANT slot.
@@ -83,12 +101,24 @@ def germinate(slot: SlotState, seed: SeedKey, levers: tuple[int, int, int, int],
     born = slot._enter(Stage.GERMINATED, accuracy)
     blend, tempo, dwell, isolation = levers
     born = replace(born, seed=seed, blend=blend, tempo=tempo, dwell=dwell, isolation=isolation)
-    return born._enter(Stage.TRAINING, accuracy)
+    return born._enter(Stage.TRAINING, accuracy) if seed.has_started else born
+
+
+def start(slot: SlotState, epoch: int, accuracy: float) -> SlotState:
+    """Return a GERMINATED slot as TRAINING, its seed's key with the epoch in which training begins."""
+    started = slot._enter(Stage.TRAINING, accuracy)
+    seed = started.seed
+    return replace(started, seed=replace(seed, start_epoch=epoch) if seed is not None else None)
 
 
 def advance(slot: SlotState, accuracy: float) -> SlotState:
     """Return a TRAINING slot as BLENDING."""
     return slot._enter(Stage.BLENDING, accuracy)
+
+
+def hold(slot: SlotState, accuracy: float) -> SlotState:
+    """Return a BLENDING slot as HOLDING."""
+    return slot._enter(Stage.HOLDING, accuracy)
 
 
 def fossilize(slot: SlotState, accuracy: float) -> SlotState:
@@ -102,11 +132,17 @@ def prune(slot: SlotState) -> SlotState:
     return SlotState(stage=Stage.PRUNED)
 
 
-def tick(slot: SlotState, accuracy: float) -> SlotState:
-    """Return the slot after one epoch: blending that is full becomes HOLDING, cool-downs move on."""
+def tick(slot: SlotState, accuracy: float, *, ask_at_every_gate: bool = False) -> SlotState:
+    """Return the slot after one epoch: cool-downs move on, and so does blending that is full, unless G3 is asked.
+
+    Args:
+        slot: The slot before the epoch.
+        accuracy: The host's validation accuracy after it, a fraction.
+        ask_at_every_gate: A full blend waits for an ADVANCE.
+    """
     slot = replace(slot, epochs_in_stage=slot.epochs_in_stage + 1)
-    if slot.stage is Stage.BLENDING and slot.epochs_in_stage >= slot.tempo_epochs:
-        return slot._enter(Stage.HOLDING, accuracy)
+    if slot.stage is Stage.BLENDING and not ask_at_every_gate and slot.epochs_in_stage >= slot.tempo_epochs:
+        return hold(slot, accuracy)
     if slot.stage in COOLDOWN_EPOCHS and slot.epochs_in_stage >= COOLDOWN_EPOCHS[slot.stage]:
         order = (Stage.PRUNED, Stage.EMBARGOED, Stage.RESETTING, Stage.DORMANT)
         return SlotState(stage=check_transition(slot.stage, order[order.index(slot.stage) + 1]))

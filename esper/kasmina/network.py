@@ -12,23 +12,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.hosts import BatchNorm, Host
+from esper.kasmina.hosts import BatchNorm, Host, KeyedDropout
 
 
 @dataclass(slots=True)
 class Graft:
-    """A seed in the forward pass: y = h + alpha * delta(h), the input detached where it is isolated."""
+    """A seed in the forward pass: y = h + alpha * g * delta(h), g = 1 or a learned gate that reads h.
+
+    Seed and gate see h detached where the graft is isolated.
+    """
 
     module: nn.Module
     alpha: float
     isolated: bool
     fossil: bool
+    gate: nn.Module | None = None
 
-    def apply(self, h_BCHW: Tensor) -> Tensor:
+    def apply(self, h: Tensor) -> Tensor:
         """Return the blended activation; the identity path always carries the host's gradient."""
         # requires_grad_: GroupNorm's backward crashes on a channels_last input that does not require grad.
-        source = h_BCHW.detach().requires_grad_() if self.isolated else h_BCHW
-        return torch.add(h_BCHW, self.module(source), alpha=self.alpha)
+        source = h.detach().requires_grad_() if self.isolated else h
+        delta = self.module(source)
+        if self.gate is not None:
+            delta = self.gate(source) * delta
+        return torch.add(h, delta, alpha=self.alpha)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the seed, then those of its gate."""
+        gate = [] if self.gate is None else list(self.gate.parameters())
+        return [*self.module.parameters(), *gate]
 
 
 class Network(nn.Module):
@@ -39,41 +51,69 @@ class Network(nn.Module):
         self.host = host
         self.grafts: dict[int, Graft] = {}
         self._norms = [module for module in host.modules() if isinstance(module, BatchNorm)]
+        self._dropouts = [module for module in host.modules() if isinstance(module, KeyedDropout)]
 
-    def train_mode(self, training: bool) -> None:
-        """Switch the host's batch norms; seeds have no such mode."""
+    @property
+    def has_dropout(self) -> bool:
+        """Whether the host drops activations while it trains."""
+        return any(dropout.p > 0 for dropout in self._dropouts)
+
+    def train_mode(self, training: bool, dropout: torch.Generator | None = None) -> None:
+        """Switch the host's batch norms and its dropout; seeds have no such modes.
+
+        Args:
+            training: Whether batch norms use batch statistics and update the running ones.
+            dropout: Where the host's dropout draws from; without it nothing is dropped.
+        """
         for norm in self._norms:
             norm.training = training
+        for layer in self._dropouts:
+            layer.generator = dropout
 
     @contextmanager
     def batch_statistics(self) -> Iterator[None]:
-        """Within it, batch norms use batch statistics and leave the running ones alone."""
+        """Within it, batch norms use batch statistics and leave the running ones alone, and nothing is dropped."""
+        draws = [layer.generator for layer in self._dropouts]
         for norm in self._norms:
             norm.probing = True
+        for layer in self._dropouts:
+            layer.generator = None
         try:
             yield
         finally:
             for norm in self._norms:
                 norm.probing = False
+            for layer, generator in zip(self._dropouts, draws):
+                layer.generator = generator
 
-    def run(self, x_BCHW: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
-        """Return logits [B, classes] and, for the slots in `taps`, the activation that arrives at the slot."""
+    def run(
+        self, x: Tensor, taps: Sequence[int] = (), left: dict[int, Tensor] | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Return logits and, for the slots in `taps`, the activation that arrives at the slot.
+
+        Args:
+            x: A batch of inputs.
+            taps: Slots.
+            left: Filled with the activation that leaves each slot that holds a graft.
+        """
         tapped: dict[int, Tensor] = {}
-        h_BCHW = x_BCHW
+        h = x
         for slot in range(len(self.host.segments)):
-            h_BCHW = self.host.segment(slot, h_BCHW)
+            h = self.host.segment(slot, h)
             if slot in taps:
-                tapped[slot] = h_BCHW
+                tapped[slot] = h
             graft = self.grafts.get(slot)
             if graft is not None:
-                h_BCHW = graft.apply(h_BCHW)
-        return self.host.classify(h_BCHW), tapped
+                h = graft.apply(h)
+                if left is not None:
+                    left[slot] = h
+        return self.host.classify(h), tapped
 
-    def suffix(self, slot: int, h_BCHW: Tensor) -> Tensor:
+    def suffix(self, slot: int, h: Tensor) -> Tensor:
         """Return logits from the activation that leaves a slot."""
         for later in range(slot + 1, len(self.host.segments)):
-            h_BCHW = self.host.segment(later, h_BCHW)
+            h = self.host.segment(later, h)
             graft = self.grafts.get(later)
             if graft is not None:
-                h_BCHW = graft.apply(h_BCHW)
-        return self.host.classify(h_BCHW)
+                h = graft.apply(h)
+        return self.host.classify(h)

@@ -21,7 +21,8 @@ class Interval(Spec):
 class ArmResult(Spec):
     """One arm on one environment. Accuracies in percent, gains in points, returns in units of the reward's scale.
 
-    `gain_over` and `return_over` are paired differences to the arm named by the key (`never-act`, `heuristic`,
+    An episode that was rolled back counts with what it came to, one that diverged with accuracy at chance. `gain_over`
+    and `return_over` are paired differences to the arm named by the key (`never-act`, `heuristic`,
     `best-fixed`).
     """
 
@@ -36,6 +37,7 @@ class ArmResult(Spec):
     growth_factor: float
     train_gflops: float
     num_diverged: int
+    num_rolled_back: int = 0
 
 
 class BestFixed(Spec):

@@ -7,8 +7,16 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from esper.leyline.actions import CNN_BLUEPRINTS, MAX_SLOTS, SEED_LR_FACTORS, Blend
-from esper.leyline.errors import unknown_name
+from esper.leyline.blueprint_names import check_blueprint, have_one_topology
+from esper.leyline.errors import UnknownNameError, unknown_name
 from esper.leyline.spec_base import Spec
+
+
+def _check_blueprint(name: str) -> None:
+    try:
+        check_blueprint(name)
+    except UnknownNameError as error:
+        raise ValueError(str(error)) from None
 
 
 class NeverAct(Spec):
@@ -32,7 +40,7 @@ class Heuristic(Spec):
         min_epochs: No germination before this step.
         plateau_epochs: Epochs without half a point of progress that trigger a germination.
         prune_after: Epochs in TRAINING after which a seed is advanced or pruned.
-        blueprints: The rotation.
+        blueprints: The rotation, in the names of one topology; on a host of the other each stands for its counterpart.
         inverted: Germinate when not on a plateau; FOSSILIZE and PRUNE swapped.
         period_epochs: Germinate every so many epochs instead of on a plateau.
         cycle_levers: Slots and levers rotate with the blueprint.
@@ -53,15 +61,19 @@ class Heuristic(Spec):
     @model_validator(mode="after")
     def _known_blueprints(self) -> Self:
         for blueprint in self.blueprints:
-            if blueprint not in CNN_BLUEPRINTS:
-                raise ValueError(str(unknown_name("blueprint", blueprint, CNN_BLUEPRINTS)))
+            _check_blueprint(blueprint)
+        if not have_one_topology(self.blueprints):
+            raise ValueError(f"blueprints {list(self.blueprints)}: no host has all of them")
         if self.inverted and self.period_epochs is not None:
             raise ValueError("inverted has no effect with period_epochs")
         return self
 
 
 class Plant(Spec):
-    """One seed of a schedule: carried out as soon as possible from `birth_epoch` on, and committed when it can be."""
+    """One seed of a schedule: carried out as soon as possible from `birth_epoch` on, and committed when it can be.
+
+    The host must have the blueprint and the slot; that is checked when an episode begins.
+    """
 
     slot: Annotated[int, Field(ge=0, lt=MAX_SLOTS)]
     blueprint: str
@@ -74,8 +86,7 @@ class Plant(Spec):
 
     @model_validator(mode="after")
     def _known_blueprint(self) -> Self:
-        if self.blueprint not in CNN_BLUEPRINTS:
-            raise ValueError(str(unknown_name("blueprint", self.blueprint, CNN_BLUEPRINTS)))
+        _check_blueprint(self.blueprint)
         if self.seed_lr_factor not in SEED_LR_FACTORS:
             raise ValueError(f"seed_lr_factor {self.seed_lr_factor} is not one of {SEED_LR_FACTORS}")
         return self
@@ -132,8 +143,6 @@ ControllerSpec = Annotated[
 HEURISTIC = Heuristic(name="heuristic")
 """The reference rule that every comparison includes."""
 
-_EIGHT = ("norm", "attention", "conv_small", "bottleneck", "depthwise", "dilated", "conv_light", "conv_heavy")
-
 ELEVEN_BEHAVIOURS: dict[str, Heuristic | UniformRandom] = {
     "baseline": Heuristic(name="baseline"),
     "early-intervener": Heuristic(name="early-intervener", min_epochs=3, plateau_epochs=2),
@@ -141,7 +150,7 @@ ELEVEN_BEHAVIOURS: dict[str, Heuristic | UniformRandom] = {
     "quick-culler": Heuristic(name="quick-culler", prune_after=3),
     "patient-culler": Heuristic(name="patient-culler", prune_after=8),
     "blueprint-explorer": Heuristic(
-        name="blueprint-explorer", blueprints=_EIGHT, cycle_levers=True, start_by_replicate=True
+        name="blueprint-explorer", blueprints=CNN_BLUEPRINTS, cycle_levers=True, start_by_replicate=True
     ),
     "aggressive": Heuristic(name="aggressive", min_epochs=3, plateau_epochs=2, prune_after=3),
     "conservative": Heuristic(name="conservative", min_epochs=8, plateau_epochs=5, prune_after=8),

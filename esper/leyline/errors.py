@@ -22,6 +22,12 @@ class UnknownNameError(SpecError):
     """A name is not among the known ones."""
 
 
+class DataError(EsperError):
+    """The data of a task are missing, unreadable or wrong."""
+
+    exit_code = 2
+
+
 class QueryError(EsperError):
     """A SQL statement was refused or failed."""
 

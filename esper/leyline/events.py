@@ -22,6 +22,15 @@ class EventKind(StrEnum):
     PPO_UPDATE = "ppo.update"
     HEALTH_CHECKED = "health.checked"
     EVALUATED = "evaluation.ended"
+    EPISODE_STARTED = "episode.started"
+    EPISODE_EPOCH = "episode.epoch"
+    EPISODE_ENDED = "episode.ended"
+    SEED_GERMINATED = "seed.germinated"
+    SEED_STAGE_CHANGED = "seed.stage_changed"
+    SEED_GATE_EVALUATED = "seed.gate_evaluated"
+    SEED_FOSSILIZED = "seed.fossilized"
+    SEED_PRUNED = "seed.pruned"
+    GOVERNOR_ROLLBACK = "governor.rollback"
 
 
 class Event(Spec):

@@ -12,7 +12,7 @@ from enum import StrEnum
 from esper.leyline.errors import SpecError
 from esper.leyline.keys import derive_seed, hex_digest
 
-ENGINE_VERSION = "1"
+ENGINE_VERSION = "2"
 """Raised when a golden digest changes: it is part of every episode's identity."""
 
 SELECTION_START = 100_000
@@ -33,6 +33,8 @@ class Root(StrEnum):
 
     HOST = "host"
     BIGGER = "bigger"
+    GROWN = "grown"
+    ORDINARY = "ordinary"
     WIDER = "wider"
 
 

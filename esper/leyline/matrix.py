@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 
 from esper.leyline.actions import (
     ACTION_WIDTH,
-    CNN_BLUEPRINTS,
     MAX_SLOTS,
     SEED_LR_FACTORS,
     Action,
@@ -21,8 +20,10 @@ from esper.leyline.actions import (
     action_from_row,
     is_canonical,
 )
+from esper.leyline.blueprint_names import blueprint_code, check_blueprint
 from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS, ControllerSpec, ScheduleSampler, UniformRandom, behaviour
-from esper.leyline.errors import SpecError, unknown_name
+from esper.leyline.errors import SpecError, UnknownNameError
+from esper.leyline.host_specs import BLUEPRINTS, Topology
 from esper.leyline.identity import SELECTION_START, EpisodeIdentity, Role, Root, check_replicate, env_seed
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.spec_base import Spec
@@ -59,7 +60,10 @@ _LEVERS = ("blueprint", "blend", "tempo_epochs", "dwell_epochs", "isolation", "s
 
 
 class ForcedAction(Spec):
-    """One action in words. What its op does not read must be left out; a lever that is left out has its default."""
+    """One action in words. What its op does not read must be left out; a lever that is left out has its default.
+
+    The blueprint is one of the host's topology; that is checked where the row is made.
+    """
 
     op: Literal["WAIT", "GERMINATE", "ADVANCE", "FOSSILIZE", "PRUNE"]
     slot: Annotated[int, Field(ge=0, lt=MAX_SLOTS)] | None = None
@@ -77,28 +81,35 @@ class ForcedAction(Spec):
         given = [name for name in _LEVERS if getattr(self, name) is not None]
         if self.op != "GERMINATE" and given:
             raise ValueError(f"{self.op} does not read {', '.join(given)}")
-        if self.op == "GERMINATE" and self.blueprint not in CNN_BLUEPRINTS:
-            raise ValueError(str(unknown_name("blueprint", str(self.blueprint), CNN_BLUEPRINTS)))
+        if self.op == "GERMINATE":
+            try:
+                check_blueprint(str(self.blueprint))
+            except UnknownNameError as error:
+                raise ValueError(str(error)) from None
         if self.seed_lr_factor is not None and self.seed_lr_factor not in SEED_LR_FACTORS:
             raise ValueError(f"seed_lr_factor {self.seed_lr_factor} is not one of {SEED_LR_FACTORS}")
         return self
 
-    def to_row(self) -> Actions:
-        """Return the canonical int8 [A] row."""
+    def to_row(self, topology: Topology) -> Actions:
+        """Return the canonical int8 [A] row on a host of that topology.
+
+        Raises:
+            UnknownNameError: The topology does not have the blueprint.
+        """
         given = {name: getattr(self, name) for name in _LEVERS[1:] if getattr(self, name) is not None}
         if self.blueprint is not None:
-            given["blueprint"] = CNN_BLUEPRINTS.index(self.blueprint)
+            given["blueprint"] = blueprint_code(self.blueprint, topology)
         return Action(op=Op[self.op], slot=self.slot or 0, **given).to_row()
 
     @classmethod
-    def of_row(cls, row: Actions) -> Self:
-        """Return the words of a canonical row."""
+    def of_row(cls, row: Actions, topology: Topology) -> Self:
+        """Return the words of a canonical row on a host of that topology."""
         action = action_from_row(row)
         if action.op is Op.WAIT:
             return cls(op="WAIT")
         levers = {name: getattr(action, name) for name in _LEVERS} if action.op is Op.GERMINATE else {}
         if levers:
-            levers["blueprint"] = CNN_BLUEPRINTS[action.blueprint]
+            levers["blueprint"] = BLUEPRINTS[topology][action.blueprint]
         return cls.model_validate({"op": action.op.name, "slot": action.slot, **levers})
 
 
@@ -279,11 +290,11 @@ class CohortPlan(Spec):
 
 
 def explorer(pool: str, num_plans: int, environment: EnvironmentSpec) -> ScheduleSampler:
-    """Return the schedule-sampler of a pool in an environment."""
+    """Return the schedule-sampler of a pool in an environment: it plans for the slots that may be used."""
     return ScheduleSampler(
         pool=pool,
         num_plans=num_plans,
-        num_slots=environment.host.num_slots,
+        num_slots=int(environment.enabled_slots.sum()),
         max_birth_epoch=environment.horizon // 2,
     )
 

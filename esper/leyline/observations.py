@@ -20,10 +20,13 @@ Columns = Mapping[str, NDArray[np.floating]]
 
 NUM_LAGS = 4
 
+CONTRIBUTION_PERCENTS = (25, 50, 75, 100)
+"""Alpha, in percent, at which a blended seed's removal cost is kept for the rest of its life."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
-    """One observed quantity."""
+    """One observed quantity; `since` is the schema version that brought it (rows of an older one have null)."""
 
     name: str
     unit: str
@@ -46,12 +49,16 @@ def slot_column(slot: int, feature: str) -> str:
     return f"s{slot}_{feature}"
 
 
-def _glob(name: str, unit: str, low: float, high: float, kind: Literal["float", "int"] = "float") -> Feature:
-    return Feature(name=name, unit=unit, low=low, high=high, scope="global", kind=kind)
+def _glob(
+    name: str, unit: str, low: float, high: float, kind: Literal["float", "int"] = "float", since: int = 1
+) -> Feature:
+    return Feature(name=name, unit=unit, low=low, high=high, scope="global", kind=kind, since=since)
 
 
-def _slot(name: str, unit: str, low: float, high: float, kind: Literal["float", "int"] = "float") -> Feature:
-    return Feature(name=name, unit=unit, low=low, high=high, scope="slot", kind=kind)
+def _slot(
+    name: str, unit: str, low: float, high: float, kind: Literal["float", "int"] = "float", since: int = 1
+) -> Feature:
+    return Feature(name=name, unit=unit, low=low, high=high, scope="slot", kind=kind, since=since)
 
 
 _INF = float("inf")
@@ -67,8 +74,8 @@ GLOBAL_FEATURES: tuple[Feature, ...] = (
     _glob("best_val_loss", "nats", 0, _INF),
     _glob("best_val_accuracy", "fraction", 0, 1),
     _glob("plateau_epochs", "epochs", 0, 1000, "int"),
-    _glob("learning_rate", "1", 0, 10),
-    _glob("base_learning_rate", "1", 0, 10),
+    _glob("learning_rate", "1", 0, 100),
+    _glob("base_learning_rate", "1", 0, 100),
     _glob("optimiser", "code: 0 sgd, 1 adam", 0, 1, "int"),
     _glob("batch_size", "samples", 1, 65536, "int"),
     _glob("batches_per_epoch", "batches", 1, 1_000_000, "int"),
@@ -81,6 +88,9 @@ GLOBAL_FEATURES: tuple[Feature, ...] = (
     _glob("param_budget", "parameters", 0, _INF, "int"),
     _glob("last_op", "code of Op, -1 before the first", -1, 4, "int"),
     _glob("last_executed", "flag", 0, 1, "int"),
+    _glob("host_weight_change", "share of the norm of the host's weights per epoch", 0, _INF, since=2),
+    _glob("removal_cost_all", "points, all live blended seeds off", -100, 100, since=2),
+    _glob("num_rollbacks", "rollbacks of this host so far", 0, 1000, "int", since=2),
 )
 
 SLOT_FEATURES: tuple[Feature, ...] = (
@@ -111,12 +121,21 @@ SLOT_FEATURES: tuple[Feature, ...] = (
     _slot("gradient_exploding", "share of tensors", 0, 1),
     _slot("weight_norm", "1", 0, _INF),
     _slot("g2_headroom", "epochs beyond the chosen dwell", -10, 1000, "int"),
-    _slot("resolution", "pixels", 1, 4096, "int"),
+    _slot("resolution", "pixels, or tokens of text", 1, 4096, "int"),
     _slot("channels", "channels", 1, 65536, "int"),
-    _slot("kernel", "pixels", 1, 15, "int"),
+    _slot("kernel", "pixels, 0 where nothing is convolved", 0, 15, "int"),
     _slot("pool", "factor", 1, 8, "int"),
     _slot("narrowed", "channels kept, 0 all", 0, 65536, "int"),
     _slot("frozen", "flag", 0, 1, "int"),
+    *(
+        _slot(f"contribution_{percent}", f"points, removal cost when alpha reached {percent} %", -100, 100, since=2)
+        for percent in CONTRIBUTION_PERCENTS
+    ),
+    _slot("interaction_sum", "points, over its pairs with other live blended seeds", -1000, 1000, since=2),
+    _slot("gradient_ratio", "seed's norm over the host's, per root of parameters, at most 10", 0, 10, since=2),
+    _slot("gradient_variation", "standard deviation over mean of its norm by epoch", 0, _INF, since=2),
+    _slot("stable_share", "share of its epochs without an exploding tensor", 0, 1, since=2),
+    _slot("gradient_through_seed", "norm that reaches the host through the seed", 0, _INF, since=2),
 )
 
 FEATURES = GLOBAL_FEATURES + SLOT_FEATURES

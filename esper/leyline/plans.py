@@ -10,7 +10,7 @@ from esper.leyline.controller_specs import (
     behaviour,
 )
 from esper.leyline.errors import SpecError
-from esper.leyline.library import load
+from esper.leyline.library import load, load_environment, load_environments
 from esper.leyline.matrix import (
     Branch,
     BranchActor,
@@ -34,30 +34,43 @@ MAX_PLANS = 10_000
 def expand(matrix: MatrixSpec) -> list[CohortPlan]:
     """Return one cohort per environment and replicate: the cells' in matrix order, then those of branchings alone.
 
-    The parents of branchings are episodes of their cohorts, so that no branch is stored without its parent.
+    A cell of a family has a row of cohorts for each of its members. The parents of branchings are episodes of their
+    cohorts, so that no branch is stored without its parent.
 
     Raises:
         UnknownNameError: An environment or a reward is unknown.
-        SpecError: A branching leaves after the last step, or forces a slot that the host does not have.
+        SpecError: An environment is in two cells, once by name and once in its family; it has two rewards; a
+            branching leaves after the last step, or forces a slot that the host does not have.
     """
     plans: dict[tuple[str, int], CohortPlan] = {}
+    taken: set[str] = set()
     for cell in matrix.cells:
-        environment = load("environments", cell.environment, EnvironmentSpec)
         reward = load("rewards", cell.reward, RewardSpec)
-        episodes = plan_episodes(cell, environment, pool=matrix.name)
-        first = cell.first_replicate
-        for replicate in range(first, first + cell.replicates):
-            plans[cell.environment, replicate] = CohortPlan(
-                environment=environment, reward=reward, replicate=replicate, episodes=episodes
-            )
+        for environment in load_environments(cell.environment):
+            if environment.name in taken:
+                raise SpecError(f"matrix {matrix.name!r}: environment {environment.name!r} is in two cells")
+            taken.add(environment.name)
+            episodes = plan_episodes(cell, environment, pool=matrix.name)
+            first = cell.first_replicate
+            for replicate in range(first, first + cell.replicates):
+                plans[environment.name, replicate] = CohortPlan(
+                    environment=environment, reward=reward, replicate=replicate, episodes=episodes
+                )
     for branch in matrix.branches:
-        key = (branch.environment, branch.replicate)
-        plans[key] = _with_branch(plans.get(key) or _empty(branch), branch)
+        plan = _empty(branch)
+        key = (plan.environment.name, branch.replicate)
+        before = plans.get(key, plan)
+        if before.reward != plan.reward:
+            raise SpecError(
+                f"matrix {matrix.name!r}: environment {plan.environment.name!r} has two rewards: "
+                f"{before.reward.name!r} and {plan.reward.name!r}"
+            )
+        plans[key] = _with_branch(before, branch)
     return list(plans.values())
 
 
 def _empty(branch: Branch) -> CohortPlan:
-    environment = load("environments", branch.environment, EnvironmentSpec)
+    environment = load_environment(branch.environment)
     reward = load("rewards", branch.reward, RewardSpec)
     return CohortPlan(environment=environment, reward=reward, replicate=branch.replicate, episodes=())
 
@@ -73,7 +86,7 @@ def plan_branch(branch: Branch, environment: EnvironmentSpec) -> PlannedBranch:
     """Return the branch as a cohort of the environment carries it out.
 
     Raises:
-        SpecError: It leaves after the last step, or forces a slot that the host does not have.
+        SpecError: It leaves after the last step, or forces a slot or a blueprint that the host does not have.
     """
     where = f"branching of {branch.parent.controller!r} in {environment.name!r}, replicate {branch.replicate}"
     if branch.step >= environment.horizon:
@@ -83,7 +96,7 @@ def plan_branch(branch: Branch, environment: EnvironmentSpec) -> PlannedBranch:
     return PlannedBranch(
         parent=plan_actor(branch.parent, environment),
         step=branch.step,
-        forced=(tuple(int(value) for value in branch.action.to_row()),),
+        forced=(tuple(int(value) for value in branch.action.to_row(environment.host.topology)),),
         then=plan_actor(branch.then, environment),
     )
 

@@ -3,16 +3,23 @@
 `steps` has one row per decision plus the final observation (`is_last`, action null). The row of decision t holds what
 was observed before it, the action, and what came after it as reward components; `terminated` says that the episode's
 budget (or the host) ended with this transition. Key: (episode_id, step, actor).
+
+Versions that were sealed under an older schema stay readable: `ADDED_IN` names the columns that came later, all of them
+nullable, and they are null there. Nothing else ever changes under a column's name.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import pyarrow as pa
 
 from esper.leyline.actions import LEVERS
 from esper.leyline.observations import FEATURES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OLDEST_SCHEMA = 1
+"""The oldest schema version that this code reads."""
 
 ACTION_FIELDS: tuple[str, ...] = ("action_slot", *(f"action_{lever}" for lever in LEVERS))
 """The columns of an action beside `op`, in tree order."""
@@ -101,6 +108,10 @@ EPISODES = pa.schema(
         pa.field("control_final_val_accuracy", pa.float64()),
         pa.field("control_final_test_accuracy", pa.float64()),
         pa.field("control_valid", pa.bool_(), nullable=False),
+        pa.field("shapley", pa.list_(pa.float64())),
+        pa.field("num_rollbacks", pa.int32()),
+        pa.field("data_source", pa.string()),
+        pa.field("data_digest", pa.string()),
         pa.field("host_params", pa.int64(), nullable=False),
         pa.field("final_seed_params", pa.int64(), nullable=False),
         pa.field("num_fossils", pa.int32(), nullable=False),
@@ -138,8 +149,28 @@ NOT_IN_DIGEST = frozenset({"commit_id", "attempt", "code_commit", "created_at"})
 OUTCOMES = ("completed", "diverged", "rolled_back", "failed")
 
 
-def deterministic_columns(table: str) -> list[str]:
-    """Return the columns that the dataset digest covers (`costs` has none)."""
+ADDED_IN: dict[str, dict[str, int]] = {
+    "steps": {column: feature.since for feature in FEATURES for column in feature.columns if feature.since > 1},
+    "costs": {},
+    "episodes": dict.fromkeys(("shapley", "num_rollbacks", "data_source", "data_digest"), 2),
+}
+"""By table and column the schema version that brought it; columns that are not here were there from the first."""
+
+
+def columns_under(table: str, schema_version: int) -> list[str]:
+    """Return the columns that a table had under a schema version, in today's order."""
+    since = ADDED_IN[table]
+    return [name for name in SCHEMAS[table].names if since.get(name, OLDEST_SCHEMA) <= schema_version]
+
+
+def schema_version_of(table: str, columns: Iterable[str]) -> int:
+    """Return the schema version under which rows with these columns were written."""
+    since = ADDED_IN[table]
+    return max((since[name] for name in columns if name in since), default=OLDEST_SCHEMA)
+
+
+def deterministic_columns(table: str, schema_version: int = SCHEMA_VERSION) -> list[str]:
+    """Return the columns that the digest of a dataset of a schema version covers (`costs` has none)."""
     if table == "costs":
         return []
-    return [name for name in SCHEMAS[table].names if name not in NOT_IN_DIGEST]
+    return [name for name in columns_under(table, schema_version) if name not in NOT_IN_DIGEST]

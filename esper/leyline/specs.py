@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 import numpy as np
@@ -18,89 +19,44 @@ from esper.leyline.actions import (
     Bools,
     Isolation,
 )
+from esper.leyline.host_specs import BLUEPRINTS, CnnHost, HostSpec, ResNetHost, TransformerHost, slot_names
 from esper.leyline.spec_base import Spec
+from esper.leyline.task_specs import IMAGE_KINDS, Cifar10Task, DigitsTask, ImagesTask, TaskSpec, TinyStoriesTask
+
+__all__ = [
+    "Cifar10Task",
+    "CnnHost",
+    "DigitsTask",
+    "EnvironmentSpec",
+    "HostSpec",
+    "ImagesTask",
+    "ResNetHost",
+    "TaskSpec",
+    "TinyStoriesTask",
+    "TransformerHost",
+]
 
 Positive = Annotated[int, Field(gt=0)]
 
 
-class DigitsTask(Spec):
-    """scikit-learn's 8x8 digits, plain (canvas 8) or placed at random on a larger noisy canvas.
-
-    The source images are split into train, validation and test before any copy is made.
-    """
-
-    kind: Literal["digits"] = "digits"
-    canvas: Annotated[int, Field(ge=8, le=32)] = 8
-    noise_sd: Annotated[float, Field(ge=0)] = 0.0
-    sources: tuple[Positive, Positive, Positive] = (1000, 297, 500)
-    copies: tuple[Positive, Positive, Positive] = (1, 1, 1)
-
-    @model_validator(mode="after")
-    def _enough_images(self) -> Self:
-        if sum(self.sources) > 1797:
-            raise ValueError(f"sources add up to {sum(self.sources)}; the data set has 1797 images")
-        if self.canvas == 8 and self.noise_sd == 0 and self.copies != (1, 1, 1):
-            raise ValueError("copies of plain digits are identical; use a larger canvas or noise")
-        return self
-
-    @property
-    def task_id(self) -> str:
-        """The id from which environment seeds derive."""
-        return f"digits-{self.spec_id}"
-
-
-TaskSpec = DigitsTask
-"""The union of task kinds (one so far)."""
-
-
-class CnnHost(Spec):
-    """Convolution, batch norm, ReLU and max-pool blocks, then global average pooling and a linear layer.
-
-    A slot lies after every block. `narrowed[j]` keeps that many channels of block j (0: all); `frozen[j]` leaves block
-    j's convolution at its random start.
-    """
-
-    kind: Literal["cnn"] = "cnn"
-    channels: tuple[Positive, ...]
-    kernels: tuple[Literal[1, 3, 5], ...]
-    pools: tuple[Literal[1, 2], ...]
-    narrowed: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    frozen: tuple[bool, ...] = ()
-    width_factor: Annotated[float, Field(gt=0)] = 1.0
-
-    @model_validator(mode="after")
-    def _same_lengths(self) -> Self:
-        depth = len(self.channels)
-        if not 1 <= depth <= MAX_SLOTS:
-            raise ValueError(f"{depth} blocks; expected 1 to {MAX_SLOTS}, one slot each")
-        for name in ("kernels", "pools"):
-            if len(getattr(self, name)) != depth:
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {depth} blocks")
-        for name in ("narrowed", "frozen"):
-            if len(getattr(self, name)) not in (0, depth):
-                raise ValueError(f"{name} has {len(getattr(self, name))} entries for {depth} blocks; expected 0 or all")
-        for kept, channels in zip(self.narrowed, self.channels):
-            if kept > channels:
-                raise ValueError(f"narrowed to {kept} of {channels} channels")
-        return self
-
-    @property
-    def block_channels(self) -> tuple[int, ...]:
-        """Channels of each block after the width factor."""
-        return tuple(max(1, round(channels * self.width_factor)) for channels in self.channels)
-
-    @property
-    def num_slots(self) -> int:
-        """One slot after every block."""
-        return len(self.channels)
-
-
-HostSpec = CnnHost
-"""The union of host kinds (one so far)."""
-
-
 class EnvironmentSpec(Spec):
-    """A task, a host, an optimiser, a clock and the options of growth. Its id names an environment's data."""
+    """A task, a host, an optimiser, a clock and the options of growth. Its id names an environment's data.
+
+    Attributes:
+        schedule: The learning rate's clock, see `learning_rate_at`; `drops` multiplies it at the epochs of `lr_drops`.
+        lr_drops: Pairs of an epoch and a factor, for `drops` alone.
+        host_frozen_epochs: First epoch and end of a span in which the host's own weights stand still; seeds, fossils
+            and the running statistics of its batch norms go on.
+        augment: `crop-flip` shifts training images by up to an eighth and mirrors them, keyed by epoch and batch.
+        slots: Names of the slots that may be used; left out, all.
+        gates: `strict` adds measured thresholds to the gates (see the gates' own page), `permissive` drops them.
+        ask_at_every_gate: G1 and G3 wait for an ADVANCE too, instead of opening by themselves.
+        incubation: How a seed learns before the host knows it: through its own pass of the suffix, or from the
+            gradient that the host computes at the slot.
+        default_isolation: Of controllers that do not choose; left out, by topology (CNN isolated, transformer not).
+        probe_pairs: Measure the interaction of every pair of live blended seeds each epoch.
+        probe_shapley: Measure the Shapley value of every blended seed at the end of an episode (at most four seeds).
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
     task: TaskSpec
@@ -112,17 +68,24 @@ class EnvironmentSpec(Spec):
     batch_size: Positive
     batches_per_epoch: Positive
     horizon: Positive
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: Literal["step", "cosine", "constant", "drops"] = "step"
+    lr_drops: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[float, Field(gt=0)]], ...] = ()
+    host_frozen_epochs: tuple[Annotated[int, Field(ge=0)], Positive] | None = None
+    augment: Literal["none", "crop-flip"] = "none"
     warm_start_epochs: Annotated[int, Field(ge=0)] = 0
+    slots: tuple[str, ...] | None = None
     max_seeds: Annotated[int, Field(ge=0, le=MAX_SLOTS)] | None = None
     max_fossils: Annotated[int, Field(ge=0, le=MAX_SLOTS)] | None = None
     param_budget: Positive | None = None
     holding_patience: Positive | None = None
-    gates: Literal["permissive"] = "permissive"
-    incubation: Literal["own_pass"] = "own_pass"
+    gates: Literal["permissive", "strict"] = "permissive"
+    ask_at_every_gate: bool = False
+    incubation: Literal["own_pass", "linearised"] = "own_pass"
     seed_gradient_clip: Annotated[float, Field(gt=0)] = 1.0
-    default_isolation: Isolation = Isolation.COADAPT
-    blends: tuple[Blend, ...] = (Blend.LINEAR, Blend.SIGMOID_HALF, Blend.SIGMOID, Blend.SIGMOID_DOUBLE)
+    default_isolation: Isolation | None = None
+    probe_pairs: bool = False
+    probe_shapley: bool = False
+    blends: tuple[Blend, ...] = BLENDS
     tempos: tuple[int, ...] = TEMPO_EPOCHS
     dwells: tuple[int, ...] = DWELL_EPOCHS
     isolations: tuple[Isolation, ...] = ISOLATIONS
@@ -133,17 +96,60 @@ class EnvironmentSpec(Spec):
     def _consistent(self) -> Self:
         if self.optimiser == "adam" and self.momentum != 0.9:
             raise ValueError("momentum has no effect under adam; leave it out")
-        if Blend.GATED in self.blends:
-            raise ValueError("blend 'gated' is not available yet; choose linear or a sigmoid")
         for name, known in (("tempos", TEMPO_EPOCHS), ("dwells", DWELL_EPOCHS), ("seed_lr_factors", SEED_LR_FACTORS)):
             values = getattr(self, name)
             if not values or not set(values) <= set(known):
                 raise ValueError(f"{name} {values} must be a non-empty selection of {known}")
         if not self.blends or not self.isolations:
             raise ValueError("blends and isolations must not be empty")
-        if self.default_isolation not in self.isolations:
-            raise ValueError(f"default_isolation {self.default_isolation.value!r} is not among {self.isolations}")
+        if self.isolation not in self.isolations:
+            raise ValueError(f"default_isolation {self.isolation.value!r} is not among {self.isolations}")
         return self
+
+    @model_validator(mode="after")
+    def _clock(self) -> Self:
+        if (self.schedule == "drops") != bool(self.lr_drops):
+            raise ValueError(f"schedule {self.schedule!r} with {len(self.lr_drops)} lr_drops; they belong together")
+        if any(later <= earlier for (earlier, _), (later, _) in zip(self.lr_drops, self.lr_drops[1:])):
+            raise ValueError(f"the epochs of lr_drops must rise: {self.lr_drops}")
+        if self.host_frozen_epochs is not None and self.host_frozen_epochs[0] >= self.host_frozen_epochs[1]:
+            raise ValueError(f"host_frozen_epochs {self.host_frozen_epochs}: expected a first epoch and a later end")
+        return self
+
+    @model_validator(mode="after")
+    def _task_fits_host(self) -> Self:
+        is_image = self.task.kind in IMAGE_KINDS
+        if is_image != (self.host.topology == "cnn"):
+            raise ValueError(f"a {self.host.kind} host cannot learn task {self.task.kind!r}")
+        if self.augment != "none" and self.task.kind not in ("cifar10", "images"):
+            raise ValueError(f"augment {self.augment!r} is for photographs; task {self.task.kind!r} has none")
+        unknown = [name for name in self.slots or () if name not in self.slot_names]
+        if unknown or self.slots == ():
+            raise ValueError(f"slots {list(self.slots or ())}: the host has {', '.join(self.slot_names)}")
+        return self
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """The names of the host's slots."""
+        return slot_names(self.host.num_slots)
+
+    @property
+    def enabled_slots(self) -> Bools:
+        """Which slots may be used, bool [num_slots]."""
+        return np.array([self.slots is None or name in self.slots for name in self.slot_names])
+
+    @property
+    def blueprints(self) -> tuple[str, ...]:
+        """The names of the eight blueprints that the host's topology has."""
+        return BLUEPRINTS[self.host.topology]
+
+    @property
+    def isolation(self) -> Isolation:
+        """The isolation of controllers that do not choose."""
+        if self.default_isolation is not None:
+            return self.default_isolation
+        by_topology = Isolation.ISOLATED if self.host.topology == "cnn" else Isolation.COADAPT
+        return by_topology if by_topology in self.isolations else self.isolations[0]
 
     @property
     def seeds_cap(self) -> int:
@@ -169,11 +175,13 @@ class EnvironmentSpec(Spec):
     def learning_rate_at(self, epoch: int, horizon: int | None = None) -> float:
         """Return the host's learning rate in epoch `epoch` (0-based); growth never touches it.
 
-        `step` is a tenth over the last 30 % of the epochs, `cosine` falls to 2 %.
+        `step` is a tenth over the last 30 % of the epochs, `cosine` falls to 2 %, `drops` multiplies as it says.
         """
         length = self.horizon if horizon is None else horizon
         if self.schedule == "constant":
             return self.learning_rate
+        if self.schedule == "drops":
+            return self.learning_rate * math.prod(factor for start, factor in self.lr_drops if epoch >= start)
         if self.schedule == "step":
             return self.learning_rate * (0.1 if epoch >= round(0.7 * length) else 1.0)
         return self.learning_rate * float(0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * epoch / length)))

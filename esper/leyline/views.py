@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from esper.leyline.actions import DWELL_EPOCHS, LEVER_SIZES, MAX_SLOTS, NUM_OPS, SEED_LR_FACTORS, TEMPO_EPOCHS
 from esper.leyline.errors import SpecError, unknown_name
-from esper.leyline.observations import NUM_LAGS, Columns, slot_column
+from esper.leyline.observations import CONTRIBUTION_PERCENTS, NUM_LAGS, Columns, slot_column
 from esper.leyline.stages import BLENDED_STAGES, LIVE_STAGES, STAGE_ORDER, Stage
 
 Floats = NDArray[np.float32]
@@ -184,7 +184,7 @@ def _slot_v3(columns: Columns, slot: int) -> Named:
     blended = _in_stage(columns, slot, BLENDED_STAGES)
     blending = stage == Stage.BLENDING
     tempo = np.where(seeded, np.take(TEMPO_EPOCHS, np.clip(_fill(col("tempo"), 0), 0, None).astype(int)), 0.0)
-    done = np.where(blending, col("epochs_in_stage"), np.where(blended, tempo, 0.0))
+    done = np.where(blending, np.minimum(col("epochs_in_stage"), tempo), np.where(blended, tempo, 0.0))
     blend = np.where(col("blend") < 1, 1, np.where(col("blend") < 4, 2, 3))
     named: Named = [("is_active", _flag(seeded))]
     named += [(f"stage_{code}", _flag(there & (stage == code))) for code in _PUBLISHED_STAGES]
@@ -201,7 +201,7 @@ def _slot_v3(columns: Columns, slot: int) -> Named:
         ("time_to_target", np.where(blended, tempo - done, 0.0) / horizon),
         ("alpha_velocity", np.clip(_fill(col("blending_velocity"), 0.0), -1, 1)),
         ("algorithm", np.where(seeded, (blend - 1) / 2, 0.0)),
-        ("interaction_sum", np.zeros(len(stage))),
+        ("interaction_sum", np.clip(_fill(col("interaction_sum"), 0.0) / 10, -1, 1)),
         ("gradient_norm", _fill(symlog(col("gradient_norm")) / 7, 0.0)),
         ("gradient_health", _fill(col("gradient_health"), 0.0)),
         ("gradient_vanishing", _flag(_fill(col("gradient_vanishing"), 0.0) > 0)),
@@ -247,6 +247,9 @@ def _global_v4(columns: Columns, step_N: NDArray[np.integer]) -> Named:
     num_slots = columns["num_slots"]
     out += _measured("train_loss", columns["train_loss"], symlog(columns["train_loss"]) / 7)
     out += _measured("train_accuracy", columns["train_accuracy"], columns["train_accuracy"])
+    change, together = columns["host_weight_change"], columns["removal_cost_all"]
+    out += _measured("host_weight_change", change, np.minimum(change, 1))
+    out += _measured("removal_cost_all", together, np.clip(together / 10, -3, 3))
     occupied = np.zeros(len(num_slots))
     fossils = np.zeros(len(num_slots))
     for slot in range(MAX_SLOTS):
@@ -271,6 +274,7 @@ def _global_v4(columns: Columns, step_N: NDArray[np.integer]) -> Named:
         ("fossils_left", (columns["max_fossils"] - fossils) / MAX_SLOTS),
         ("budget_known", _flag(known_budget)),
         ("budget_left", np.clip(left / columns["host_params"], -1, 10) / 10),
+        ("rollbacks", np.minimum(_fill(columns["num_rollbacks"], 0.0), 3) / 3),
     ]
     return out
 
@@ -293,6 +297,25 @@ def _levers_v4(columns: Columns, slot: int) -> Named:
     return out
 
 
+def _seed_measures_v4(columns: Columns, slot: int) -> Named:
+    """What the levers are judged by: contributions on the way in, interaction, gradients."""
+
+    def col(name: str) -> NDArray[np.floating]:
+        return columns[slot_column(slot, name)]
+
+    out: Named = []
+    for percent in CONTRIBUTION_PERCENTS:
+        kept = col(f"contribution_{percent}")
+        out += _measured(f"contribution_{percent}", kept, np.clip(kept / 10, -3, 3))
+    # The value itself is among the 31 of v3.
+    out.append(("interaction_known", _flag(np.isfinite(col("interaction_sum")))))
+    out += _measured("gradient_ratio", col("gradient_ratio"), col("gradient_ratio") / 10)
+    out += _measured("gradient_variation", col("gradient_variation"), np.minimum(col("gradient_variation"), 3) / 3)
+    out += _measured("stable_share", col("stable_share"), col("stable_share"))
+    through = col("gradient_through_seed")
+    return out + _measured("gradient_through_seed", through, symlog(through) / 7)
+
+
 def _slot_v4(columns: Columns, slot: int) -> Named:
     def col(name: str) -> NDArray[np.floating]:
         return columns[slot_column(slot, name)]
@@ -307,6 +330,7 @@ def _slot_v4(columns: Columns, slot: int) -> Named:
     out += _measured("improvement_since_stage", since, np.clip(since / 10, -3, 3))
     out += _measured("weight_norm", col("weight_norm"), symlog(col("weight_norm")) / 7)
     out += _measured("g2_headroom", col("g2_headroom"), np.clip(col("g2_headroom") / 5, -2, 2))
+    out += _seed_measures_v4(columns, slot)
     out += [
         ("growth", np.log2(1 + _fill(col("params"), 0.0) / columns["host_params"]) / 5),
         ("resolution", np.where(present, np.log2(np.maximum(_fill(col("resolution"), 1), 1)) / 6, 0.0)),

@@ -1,4 +1,4 @@
-"""Writing telemetry: one append-only JSONL file per process under a run's folder."""
+"""Making events, and writing them: append-only JSONL, one file per process under a run's folder."""
 
 from __future__ import annotations
 
@@ -23,22 +23,51 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
-class EventWriter:
-    """Appends events to `events-<pid>.jsonl` in a run's folder, and hands each to further sinks.
+class Emitter:
+    """Makes events and hands each to its sinks, one at a time. Safe to use from several threads."""
 
-    Each event is one line, on disk when `emit` returns. Safe to use from several threads.
-    """
-
-    def __init__(self, folder: Path, run: str, sinks: Sequence[Sink] = ()) -> None:
+    def __init__(self, run: str, sinks: Sequence[Sink]) -> None:
         self.run = run
-        self.path = folder / f"events-{os.getpid()}.jsonl"
         self._sinks = tuple(sinks)
         self._lock = threading.Lock()
+
+    def emit(self, kind: EventKind, data: dict[str, JsonValue] | None = None) -> Event:
+        """Hand on one event and return it."""
+        event = Event(kind=kind, time=now(), run=self.run, data=data or {})
+        with self._lock:
+            for sink in self._sinks:
+                sink(event)
+        return event
+
+
+class FileSink:
+    """Appends events to a JSONL file: each is one line, on disk when the call returns."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", encoding="utf-8")
         except OSError as error:
-            raise StoreError(f"cannot write events to {self.path}: {error.strerror}") from None
+            raise StoreError(f"cannot write events to {path}: {error.strerror}") from None
+
+    def __call__(self, event: Event) -> None:
+        """Write one event."""
+        self._file.write(event.model_dump_json() + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; further events raise ValueError."""
+        self._file.close()
+
+
+class EventWriter(Emitter):
+    """Appends events to `events-<pid>.jsonl` in a run's folder, and hands each to further sinks."""
+
+    def __init__(self, folder: Path, run: str, sinks: Sequence[Sink] = ()) -> None:
+        self._file = FileSink(folder / f"events-{os.getpid()}.jsonl")
+        self.path = self._file.path
+        super().__init__(run, (self._file, *sinks))
 
     def __enter__(self) -> Self:
         return self
@@ -47,16 +76,6 @@ class EventWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def emit(self, kind: EventKind, data: dict[str, JsonValue] | None = None) -> Event:
-        """Record one event and return it."""
-        event = Event(kind=kind, time=now(), run=self.run, data=data or {})
-        with self._lock:
-            self._file.write(event.model_dump_json() + "\n")
-            self._file.flush()
-            for sink in self._sinks:
-                sink(event)
-        return event
 
     def close(self) -> None:
         """Close the file; further events raise ValueError."""

@@ -69,6 +69,7 @@ class Outcome:
         host_params: Parameters of the bare host.
         train_flops: Operations spent on training, the whole episode.
         diverged: Whether it ended as a network at chance.
+        rolled_back: Whether the governor rolled it back, and it went on.
     """
 
     test_percent: float
@@ -77,6 +78,7 @@ class Outcome:
     host_params: float
     train_flops: float
     diverged: bool
+    rolled_back: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +167,7 @@ def _outcome(row: Mapping[str, Any], reward: RewardSpec, host_params: float) -> 
         host_params=host_params,
         train_flops=row["train_flops"],
         diverged=row["outcome"] == "diverged",
+        rolled_back=row["outcome"] == "rolled_back",
     )
 
 

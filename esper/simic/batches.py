@@ -70,6 +70,7 @@ class Transitions:
         episode_N: Episode index, increasing; the rows of one episode are consecutive.
         return_N: Undiscounted return of the whole episode.
         logp_N: Joint log-probability that the behaviour gave the action; NaN where undefined.
+        num_left_out: Episodes of the roles asked for that failed or have no valid control.
     """
 
     view: str
@@ -87,6 +88,7 @@ class Transitions:
     episode_N: Ints
     return_N: Floats
     logp_N: Floats
+    num_left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.state_N)
@@ -102,7 +104,8 @@ def load_transitions(
 ) -> Transitions:
     """Return the one-step transitions of a sealed version.
 
-    Failed episodes and those whose control is not valid (their reward compares with nothing) are left out.
+    Failed episodes and those whose control is not valid (their reward compares with nothing) are left out,
+    and counted.
 
     Args:
         version: The version.
@@ -122,8 +125,9 @@ def load_transitions(
     episodes = version.table(
         "episodes", columns=["episode_id", "role", "replicate", "outcome", "control_valid"], filter=None
     )
-    usable = pc.and_(pc.is_in(episodes["role"], pa.array(list(roles))), episodes["control_valid"])
-    usable = pc.and_(usable, pc.not_equal(episodes["outcome"], "failed"))
+    episodes = episodes.filter(pc.is_in(episodes["role"], pa.array(list(roles))))
+    usable = pc.and_(episodes["control_valid"], pc.not_equal(episodes["outcome"], "failed"))
+    num_left_out = len(episodes) - (pc.sum(usable).as_py() or 0)
     episodes = episodes.filter(usable)
     held_out = pc.greater_equal(episodes["replicate"], SELECTION_START)
     if pc.any(held_out).as_py():
@@ -132,8 +136,11 @@ def load_transitions(
     steps = version.table("steps", columns=list(STEP_COLUMNS))
     steps = steps.filter(pc.is_in(steps["episode_id"], episodes["episode_id"].combine_chunks()))
     if not len(steps):
-        raise SpecError(f"{version.ref} has no usable episode of role {', '.join(roles)}")
-    return from_steps(steps, view, rewards)
+        raise SpecError(
+            f"{version.ref} has no usable episode of role {', '.join(roles)}\n"
+            f"  {num_left_out} failed or have no valid control (their host broke without any seed)"
+        )
+    return replace(from_steps(steps, view, rewards), num_left_out=num_left_out)
 
 
 def from_steps(steps: pa.Table, view: str, rewards: Mapping[str, RewardSpec]) -> Transitions:

@@ -13,7 +13,7 @@ from esper.leyline.comparison import ArmResult, BestFixed, ControlResult, Evalua
 from esper.leyline.controller_specs import HEURISTIC, ControllerSpec, LearnedPolicy, NeverAct, UniformRandom
 from esper.leyline.errors import ControlError, IntegrityError, SpecError, unknown_name
 from esper.leyline.identity import EVALUATION_START, SELECTION_START, Role, Root
-from esper.leyline.library import load
+from esper.leyline.library import load, load_environment
 from esper.leyline.matrix import CohortPlan, ControlBounds, EvaluationCell, PlannedEpisode
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.specs import EnvironmentSpec
@@ -166,7 +166,7 @@ def _contest(
 
 
 def _selection(cell: EvaluationCell) -> Contest:
-    environment = load("environments", cell.environment, EnvironmentSpec)
+    environment = load_environment(cell.environment)
     arms = [
         Arm(
             name=schedule.name,
@@ -273,6 +273,7 @@ def _arm_result(contest: Contest, arm: Arm, outcomes: CellOutcomes) -> ArmResult
         growth_factor=float(1.0 + (added / outcomes.values(arm.name, "host_params")).mean()),
         train_gflops=float(outcomes.values(arm.name, "train_flops").mean()) / 1e9,
         num_diverged=int(outcomes.values(arm.name, "diverged").sum()),
+        num_rolled_back=int(outcomes.values(arm.name, "rolled_back").sum()),
     )
 
 

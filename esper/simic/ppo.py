@@ -175,7 +175,9 @@ class _Tuner:
     def update(self, steps: pa.Table, number: int) -> dict[str, float]:
         """Learn from one update's episodes; return what was measured."""
         if not len(steps):
-            raise TrainingError(f"no usable live episode in update {number}\n  see the `error` column of `episodes`")
+            raise TrainingError(
+                f"no usable live episode in update {number}\n  see `error` and `control_valid` of `episodes`"
+            )
         live = from_steps(steps, self.start.spec.view, self.rewards)
         returns = _returns(live)
         metrics = {"update": float(number), **_summary(returns)}

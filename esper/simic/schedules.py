@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 
+import numpy as np
+
 from esper.leyline.actions import Blend
+from esper.leyline.blueprint_names import counterpart
 from esper.leyline.controller_specs import FixedSchedule, Plant
 from esper.leyline.errors import SpecError
 from esper.leyline.specs import EnvironmentSpec
@@ -15,7 +18,9 @@ MAX_CANDIDATES = 16
 
 STRONG = ("conv_heavy", "conv_light")
 PAYING = (*STRONG, "depthwise", "bottleneck")
-"""The blueprints whose single seeds gained more than noise on the impaired hosts; the others never did."""
+"""The blueprints whose single seeds gained more than noise on the impaired hosts; the others never did.
+
+On a transformer their counterparts."""
 
 Site = tuple[str, int, int]
 """Blueprint, slot, birth epoch."""
@@ -31,7 +36,8 @@ def candidate_schedules(environment: EnvironmentSpec, *, limit: int = MAX_CANDID
     Raises:
         SpecError: The environment allows no seed at all.
     """
-    cap = min(environment.seeds_cap, environment.fossils_cap, environment.host.num_slots)
+    slots = np.flatnonzero(environment.enabled_slots).tolist()
+    cap = min(environment.seeds_cap, environment.fossils_cap, len(slots))
     if cap < 1:
         raise SpecError(
             f"environment {environment.name!r} allows no committed seed: there is no fixed schedule\n"
@@ -39,7 +45,8 @@ def candidate_schedules(environment: EnvironmentSpec, *, limit: int = MAX_CANDID
             "  expected: at least one of each"
         )
     chosen: dict[tuple[Site, ...], FixedSchedule] = {}
-    for sites in _site_lists(environment.host.num_slots):
+    for named in _site_lists(slots):
+        sites = tuple((counterpart(name, environment.host.topology), slot, birth) for name, slot, birth in named)
         if len(sites) <= cap and sites not in chosen and len(chosen) < limit:
             chosen[sites] = _schedule(sites, environment)
     return tuple(chosen.values())
@@ -58,9 +65,8 @@ def describe(schedule: FixedSchedule) -> str:
     )
 
 
-def _site_lists(num_slots: int) -> Iterator[tuple[Site, ...]]:
+def _site_lists(slots: Sequence[int]) -> Iterator[tuple[Site, ...]]:
     """All candidates in order of promise: where a limit cuts, it cuts what the measurements say matters least."""
-    slots = range(num_slots)
     yield from (((blueprint, slot, 0),) for blueprint in STRONG for slot in slots)
     yield from (tuple((blueprint, slot, 0) for slot in slots) for blueprint in STRONG)
     for blueprint in STRONG:

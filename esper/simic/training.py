@@ -73,7 +73,11 @@ def train(
     held = held_out_rows(transitions)
     with single_thread():
         fitted = _fit(chosen, transitions.select(~held), transitions.select(held), seed, on_log)
-    counts = {"training_rows": float((~held).sum()), "held_out_rows": float(held.sum())}
+    counts = {
+        "training_rows": float((~held).sum()),
+        "held_out_rows": float(held.sum()),
+        "episodes_left_out": float(transitions.num_left_out),
+    }
     card = PolicyCard(
         name=name or algorithm,
         algorithm=algorithm,

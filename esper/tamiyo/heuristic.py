@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from esper.leyline.actions import (
-    CNN_BLUEPRINTS,
     DWELL_EPOCHS,
     ISOLATIONS,
     LEVER_SIZES,
@@ -26,7 +25,9 @@ from esper.leyline.actions import (
     Op,
     slot_slice,
 )
+from esper.leyline.blueprint_names import counterpart
 from esper.leyline.controller_specs import Heuristic
+from esper.leyline.host_specs import BLUEPRINTS
 from esper.leyline.protocols import ActInputs, Carry, Decision, EpisodeStart
 from esper.leyline.stages import LIVE_STAGES, Stage
 from esper.leyline.tree import Floats
@@ -55,21 +56,28 @@ _DEFAULT_SEED_LR = SEED_LR_FACTORS.index(1.0)
 class HeuristicController:
     """Acts by the rules of a `Heuristic`, mixed with u by each episode's epsilon and temperature.
 
-    Carry: `epsilon` and `temperature` float64 [N], `isolation` (the environment's default, an index) and `rotation`
-    (germinations carried out so far, plus the start), int64 [N].
+    Carry: `epsilon` and `temperature` float64 [N], `topology` and `isolation` (the environment's, indices) and
+    `rotation` (germinations carried out so far, plus the start), int64 [N].
     """
 
     def __init__(self, spec: Heuristic) -> None:
         self.name: str = spec.name
         self.spec = spec
-        self._ranks = _rotation_ranks([CNN_BLUEPRINTS.index(blueprint) for blueprint in spec.blueprints])
+        self._ranks_by_topology = np.stack(
+            [
+                _rotation_ranks([names.index(counterpart(blueprint, topology)) for blueprint in spec.blueprints])
+                for topology, names in BLUEPRINTS.items()
+            ]
+        )
 
     def start(self, episodes: Sequence[EpisodeStart]) -> Carry:
         """Return the memory of new episodes."""
-        first = [episode.replicate % len(CNN_BLUEPRINTS) if self.spec.start_by_replicate else 0 for episode in episodes]
-        isolation = [ISOLATIONS.index(episode.environment.default_isolation) for episode in episodes]
+        first = [episode.replicate % LEVER_SIZES[0] if self.spec.start_by_replicate else 0 for episode in episodes]
+        topology = [list(BLUEPRINTS).index(episode.environment.host.topology) for episode in episodes]
+        isolation = [ISOLATIONS.index(episode.environment.isolation) for episode in episodes]
         return {
             **start_noise(episodes),
+            "topology": np.array(topology, dtype=np.int64),
             "isolation": np.array(isolation, dtype=np.int64),
             "rotation": np.array(first, dtype=np.int64),
         }
@@ -107,16 +115,23 @@ class HeuristicController:
         spec, columns, mask = self.spec, inputs.columns, inputs.mask_NT
         stage = slot_matrix(columns, "stage")
         epochs = np.nan_to_num(slot_matrix(columns, "epochs_in_stage"))
-        improvement = np.nan_to_num(slot_matrix(columns, "seed_improvement"))
+        training = stage == Stage.TRAINING
+        improvement = np.where(training, np.nan_to_num(slot_matrix(columns, "seed_improvement")), 0.0)
         cost = slot_matrix(columns, "removal_cost")
         ripe = epochs >= spec.prune_after
-        advance = ((epochs >= MIN_TRAINING_EPOCHS) & (improvement >= ADVANCE_POINTS)) | (
+        learned = ((epochs >= MIN_TRAINING_EPOCHS) & (improvement >= ADVANCE_POINTS)) | (
             ripe & (improvement >= KEEP_POINTS)
         )
-        cull = (stage == Stage.TRAINING) & ripe & (improvement < KEEP_POINTS)
+        # A seed that a strict gate has just refused, and that had its time, makes room: it would be refused for ever.
+        refused_advance = self._refused(inputs, Op.ADVANCE)
+        refused_commit = self._refused(inputs, Op.FOSSILIZE)
+        # Where an environment asks at every gate, those before and after training have nothing to measure.
+        advance = (learned & ~(ripe & refused_advance)) | ~training
+        cull = training & ripe & ((improvement < KEEP_POINTS) | refused_advance)
         held = (stage == Stage.HOLDING) & np.isfinite(cost)
         pays = held & (np.nan_to_num(cost) > 0)
         commit, drop = (held & ~pays, pays) if spec.inverted else (pays, held & ~pays)
+        commit, drop = commit & ~refused_commit, drop | (commit & refused_commit)
         scores = np.full((len(stage), NUM_OPS, MAX_SLOTS), NOT_PROPOSED)
         scores[:, Op.ADVANCE] = np.where(advance, 3.0 + improvement, NOT_PROPOSED)
         scores[:, Op.FOSSILIZE] = np.where(commit, 3.0 + np.abs(np.nan_to_num(cost)), NOT_PROPOSED)
@@ -124,6 +139,12 @@ class HeuristicController:
         for op in (Op.ADVANCE, Op.FOSSILIZE, Op.PRUNE):
             scores[:, op] = np.where(mask[:, slot_slice(op)], scores[:, op], -np.inf)
         return scores
+
+    @staticmethod
+    def _refused(inputs: ActInputs, op: Op) -> Bools:
+        """Whether the last action was this op and a gate refused it, bool [N, 1]."""
+        refused = (inputs.columns["last_op"] == op) & (inputs.columns["last_executed"] == 0)
+        return np.asarray(refused)[:, None]
 
     def _germinate_score(self, inputs: ActInputs, others_N: Floats) -> Floats:
         """The score of GERMINATE, [N]. On its day the periodic rule germinates whatever else is proposed."""
@@ -145,7 +166,7 @@ class HeuristicController:
         first = rotation % num_slots if spec.cycle_levers else np.zeros_like(rotation)
         slot = first_free_slot(mask, first, num_slots)
         levers = lever_rows(mask, slot)
-        ranks = self._ranks[rotation % len(self._ranks)]
+        ranks = self._ranks_by_topology[carry["topology"].astype(np.int64), rotation % len(spec.blueprints)]
         values = [np.where(lever_part(levers, 0), ranks, ranks.max() + 1).argmin(axis=1).astype(np.int64)]
         wanted = (_DEFAULT_BLEND, _DEFAULT_TEMPO, _DEFAULT_DWELL, carry["isolation"].astype(np.int64), _DEFAULT_SEED_LR)
         for lever, index in enumerate(wanted, start=1):

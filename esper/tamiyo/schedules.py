@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from esper.leyline.actions import ACTION_WIDTH, NUM_OPS, OP_SLICE, Actions, Bools, Op, is_valid, slot_slice
 from esper.leyline.controller_specs import FixedSchedule, ScheduleSampler
-from esper.leyline.errors import SpecError
 from esper.leyline.protocols import ActInputs, Carry, Decision, EpisodeStart
 from esper.leyline.tree import Floats
 from esper.tamiyo.mixing import Proposal, draw_mixture, refuse_noise, start_noise
@@ -99,7 +98,11 @@ class FixedScheduleController:
         self.spec = spec
 
     def start(self, episodes: Sequence[EpisodeStart]) -> Carry:
-        """Return the memory of new episodes; SpecError where a plant has no slot or a temperature is asked for."""
+        """Return the memory of new episodes.
+
+        Raises:
+            SpecError: A plant in a slot that the host lacks or may not use, of a blueprint it lacks, or a temperature.
+        """
         refuse_noise(self.name, episodes, epsilon=False)
         noise = start_noise(episodes)
         return {**noise, **start_plans([self.spec.plants] * len(episodes), episodes, max(1, len(self.spec.plants)))}
@@ -131,15 +134,9 @@ class ScheduleSamplerController:
         """Return the memory of new episodes, with `plan` int64 [N].
 
         Raises:
-            SpecError: A repetition beyond the pool, a host with fewer slots than the pool, an epsilon or a temperature.
+            SpecError: A repetition beyond the pool, fewer slots than the pool plans for, an epsilon or a temperature.
         """
         refuse_noise(self.name, episodes, epsilon=True)
-        for episode in episodes:
-            if self.spec.num_slots > episode.environment.host.num_slots:
-                raise SpecError(
-                    f"pool {self.spec.pool!r} plans for {self.spec.num_slots} slots\n"
-                    f"  expected: at most the {episode.environment.host.num_slots} of {episode.environment.name!r}"
-                )
         plans = [pool_plan(self.spec, episode.repetition, episode.environment) for episode in episodes]
         index = np.array([episode.repetition for episode in episodes], dtype=np.int64)
         return {**start_plans(plans, episodes, self.spec.num_slots), "plan": index}

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from esper.leyline.actions import NUM_OPS, Actions, action_from_row, is_valid
 from esper.leyline.errors import MaskError
 from esper.leyline.matrix import CohortPlan, PlannedBranch, PlannedEpisode
+from esper.tolaria.checkpoint import CheckpointSpec
 from esper.tolaria.cohort import Observation
 from esper.tolaria.recorder import BranchMark, Decisions, Recorder
 from esper.tolaria.rollout import CohortRun, Crew
@@ -80,10 +81,14 @@ def _prefix_by(steps: pa.Table, parent: PlannedEpisode) -> pa.Table:
     return steps
 
 
-def run_with_branches(plan: CohortPlan) -> dict[str, pa.Table]:
+def run_with_branches(plan: CohortPlan, checkpoint: CheckpointSpec | None = None) -> dict[str, pa.Table]:
     """Run a plan's episodes, then its branches; return the tables of both, sorted by (episode_id, step).
 
     Parents that are not among the episodes are run too; their own tables are left out.
+
+    Args:
+        plan: Episodes and branches.
+        checkpoint: Where an interrupted run of the episodes goes on from.
 
     Raises:
         LifecycleError: A parent ended before the step at which a branch leaves it.
@@ -96,7 +101,8 @@ def run_with_branches(plan: CohortPlan) -> dict[str, pa.Table]:
         if name not in index:
             index[name] = len(running)
             running.append(branch.parent)
-    run = CohortRun.of(plan.model_copy(update={"episodes": tuple(running), "branches": ()}), keep_snapshots=True)
+    alone = plan.model_copy(update={"episodes": tuple(running), "branches": ()})
+    run = CohortRun.of(alone, keep_snapshots=True, checkpoint=checkpoint)
     parts = [run.recorder.tables(code_commit())]
     for branch in plan.branches:
         rows = [np.array(row, dtype=np.int8) for row in branch.forced]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from esper.kasmina.gating import gate_params
 from esper.kasmina.lifecycle import SeedKey, SlotState
+from esper.leyline.actions import Blend
 from esper.leyline.identity import state_id
 from esper.leyline.stages import INCUBATING_STAGES, Stage
 from esper.tolaria.lineage import Lineage, Outcome
@@ -32,9 +34,19 @@ class Rider:
         return [slot.seed for slot in self.slots if slot.stage in INCUBATING_STAGES and slot.seed is not None]
 
     def seed_params(self) -> int:
-        """Return the parameters of all its seeds: incubating, blended or fossil."""
-        waiting = sum(self.lineage.incubations[key].num_params for key in self.incubating())
-        return waiting + self.lineage.blended_params
+        """Return the parameters of all its seeds: incubating, blended or fossil; the gates of gated blends included."""
+        return sum(self.slot_params(index) for index in range(len(self.slots)))
+
+    def slot_params(self, index: int) -> int:
+        """Return the parameters of the seed in a slot, with its gate where its blend is gated; 0 without a seed."""
+        slot = self.slots[index]
+        if slot.seed is None:
+            return 0
+        if slot.stage not in INCUBATING_STAGES:
+            return self.lineage.seeds[index].num_params
+        place = self.lineage.network.host.places[index]
+        gate = gate_params(self.lineage.spec.host.topology, place.channels) if slot.blend_kind is Blend.GATED else 0
+        return self.lineage.incubations[slot.seed].num_params + gate
 
     def num_fossils(self) -> int:
         """Return how many seeds it has committed."""

@@ -1,28 +1,31 @@
 """Executors run one epoch of a list of lineages. A stacked or graph executor for a GPU is another class of this shape.
 
-An epoch trains the host and, beside it, every incubating seed through its own pass of the suffix, y = h + delta(h)
-with h detached, host weights frozen and batch statistics that leave the running ones alone: the host stays bit for bit
-what it would be without the seeds. Then it validates and probes. Shape suffixes: B batch, C, H, W.
+An epoch trains the host with its blended seeds and, beside it, every incubating seed (see `incubation`): the host stays
+bit for bit what it would be without them. Then it validates and probes. Shape suffixes: N batches, B rows.
+
+While the environment holds the host still, its own weights get no step at all: no gradient, decay or momentum. Seeds,
+fossils among them, train on, and the host's batch norms go on following the activations that a blended seed changes:
+running statistics describe the data, and stale ones would make validation wrong.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from esper.tolaria.lineage import BlendedSeed, EpochMetrics, Incubation, Lineage, SeedMeasures
-from esper.tolaria.probes import measure_weights, validate
+from esper.leyline.specs import EnvironmentSpec
+from esper.tolaria.augment import augment
+from esper.tolaria.gradients import GradientWatch, finite_or_nan, weight_change
+from esper.tolaria.incubation import learns_in, linearised, own_pass, step_seed, unseeded_loss
+from esper.tolaria.lineage import EpochMetrics, Lineage, SeedMeasures
+from esper.tolaria.probes import batch_loss, validate
 from esper.tolaria.runtime import torch_generator
 from esper.tolaria.tasks import TaskData
-
-VANISHING_NORM = 1e-7
-EXPLODING_NORM = 10.0
 
 
 class Executor(Protocol):
@@ -43,7 +46,10 @@ class SerialExecutor:
             for incubation in lineage.incubations.values():
                 incubation.cpu_s = 0.0
             lineage.begin_epoch(epoch)
-            metrics = train_epoch(lineage, data, batch_order(lineage, data, env_seed, "order", epoch))
+            weights = list(lineage.network.host.parameters())
+            before = [weight.detach().clone() for weight in weights]
+            metrics = train_epoch(lineage, data, env_seed, epoch)
+            lineage.host_weight_change = weight_change(before, weights)
             validate(lineage, data, metrics)
             lineage.record(metrics)
             own = sum(incubation.cpu_s for incubation in lineage.incubations.values())
@@ -60,95 +66,139 @@ def batch_order(lineage: Lineage, data: TaskData, env_seed: int, purpose: str, e
     return order[:wanted].view(spec.batches_per_epoch, spec.batch_size)
 
 
+def batches(
+    lineage: Lineage, data: TaskData, env_seed: int, epoch: int, clock: str = ""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and labels of every batch of an epoch, augmented where the environment says so.
+
+    Args:
+        lineage: Whose environment.
+        data: The task.
+        env_seed: The environment seed.
+        epoch: 0-based.
+        clock: Put before the purpose of every draw: epochs of another clock have draws of their own.
+    """
+    shifts = lineage.spec.augment == "crop-flip"
+    for position, index in enumerate(batch_order(lineage, data, env_seed, f"{clock}order", epoch)):
+        inputs = data.train.inputs[index]
+        if shifts:
+            inputs = augment(inputs, torch_generator(env_seed, f"{clock}augment", epoch, position))
+        yield inputs, data.train.labels[index]
+
+
+WARM_CLOCK = "warm-"
+
+
 def warm_start(lineage: Lineage, data: TaskData, env_seed: int) -> None:
     """Train the bare host for the environment's warm-start epochs, on a clock of their own, before step 0."""
     epochs = lineage.spec.warm_start_epochs
     for epoch in range(epochs):
         lineage.set_learning_rate(lineage.spec.learning_rate_at(epoch, epochs))
-        train_epoch(lineage, data, batch_order(lineage, data, env_seed, "warm-order", epoch))
+        train_epoch(lineage, data, env_seed, epoch, WARM_CLOCK)
 
 
-def train_epoch(lineage: Lineage, data: TaskData, order_NB: Tensor) -> EpochMetrics:
-    """Train host, blended seeds and incubating seeds for one epoch; one synchronisation, at its end."""
-    network, optimiser = lineage.network, lineage.optimiser
-    incubations = list(lineage.incubations.values())
+def train_epoch(lineage: Lineage, data: TaskData, env_seed: int, epoch: int, clock: str = "") -> EpochMetrics:
+    """Train host, blended seeds and incubating seeds for one epoch; tensors are read once, at its end."""
+    network = lineage.network
+    incubations = lineage.training_incubations()
+    drop_sums = torch.zeros(len(incubations))
     taps = [incubation.key.slot for incubation in incubations]
-    network.train_mode(True)
-    loss_sum = torch.zeros(())
-    correct = torch.zeros((), dtype=torch.int64)
-    drops = [torch.zeros(()) for _ in incubations]
-    for index in order_NB:
-        x_BCHW, y_B = data.train.x_NCHW[index], data.train.y_N[index]
-        logits, tapped = network.run(x_BCHW, taps)
-        loss = F.cross_entropy(logits, y_B)
-        optimiser.zero_grad(set_to_none=True)
+    has_seeds = bool(incubations or lineage.seeds)
+    held_still = not clock and host_held_still(lineage.spec, epoch)
+    loss_sum, correct, answers = torch.zeros(()), torch.zeros((), dtype=torch.int64), 0
+    network.train_mode(True, torch_generator(env_seed, f"{clock}dropout", epoch) if network.has_dropout else None)
+    last, watch = lineage.spec.batches_per_epoch - 1, None
+    for position, (inputs, labels) in enumerate(batches(lineage, data, env_seed, epoch, clock)):
+        if position == last and has_seeds:
+            watch = GradientWatch(lineage)
+        logits, tapped = network.run(inputs, taps) if watch is None else watch.run(inputs, taps)
+        loss = batch_loss(logits, labels)
+        lineage.optimiser.zero_grad(set_to_none=True)
+        for incubation in incubations:
+            if incubation.key.incubation == "linearised":
+                tapped[incubation.key.slot].retain_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        if watch is not None:
+            watch.after_backward()
         if incubations:
             with network.batch_statistics():
-                for position, incubation in enumerate(incubations):
-                    own = own_pass(lineage, incubation, tapped[incubation.key.slot], y_B)
-                    drops[position] += loss.detach() - own
+                drop_sums += incubate(lineage, tapped, labels, loss.detach(), epoch, watch)
+        if held_still:
+            for weight in network.host.parameters():
+                weight.grad = None
         clip_seed_gradients(lineage)
-        optimiser.step()
+        lineage.optimiser.step()
         loss_sum += loss.detach()
-        correct += (logits.detach().argmax(1) == y_B).sum()
-    num_batches = len(order_NB)
-    for incubation, drop in zip(incubations, drops):
-        incubation.measures.train_loss_drop = finite_or_nan(float(drop) / num_batches)
-        measure_gradients(list(incubation.module.parameters()), incubation.measures)
-    for slot, seed in lineage.seeds.items():
-        measure_blended_gradients(lineage, slot, seed)
-    mean_loss = float(loss_sum) / num_batches
+        correct += (logits.detach().argmax(-1) == labels).sum()
+        answers += labels.numel()
+    for incubation, drop_sum in zip(incubations, drop_sums.tolist()):
+        incubation.measures.train_loss_drop = finite_or_nan(drop_sum / (last + 1))
+    if watch is not None:
+        watch.record()
+    for seed in lineage.seeds.values():
+        forget_shadow_probes(seed.measures)
+    mean_loss = float(loss_sum) / (last + 1)
     if not math.isfinite(mean_loss) or not weights_finite(lineage):
-        lineage.diverged = True
-    return EpochMetrics(train_loss=finite_or_nan(mean_loss), train_accuracy=float(correct) / order_NB.numel())
+        lineage.non_finite = True
+    return EpochMetrics(train_loss=finite_or_nan(mean_loss), train_accuracy=float(correct) / answers)
 
 
-def own_pass(lineage: Lineage, incubation: Incubation, h_BCHW: Tensor, y_B: Tensor) -> Tensor:
-    """Train a seed on h + delta(h.detach()) through the frozen suffix; returns its loss (a detached scalar)."""
-    begin = time.thread_time()
-    source = h_BCHW.detach().requires_grad_()
-    logits = lineage.network.suffix(incubation.key.slot, h_BCHW.detach() + incubation.module(source))
-    loss = F.cross_entropy(logits, y_B)
-    parameters = list(incubation.module.parameters())
-    # The input's gradient is asked for too: without it GroupNorm's backward crashes on a channels_last input.
-    gradients = torch.autograd.grad(loss, [*parameters, source])
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    torch.nn.utils.clip_grad_norm_(parameters, lineage.spec.seed_gradient_clip, foreach=True)
-    incubation.optimiser.step()
-    incubation.cpu_s += time.thread_time() - begin
-    return loss.detach()
+def incubate(
+    lineage: Lineage,
+    tapped: dict[int, Tensor],
+    labels: Tensor,
+    host_loss: Tensor,
+    epoch: int,
+    watch: GradientWatch | None,
+) -> Tensor:
+    """Train every incubating seed on a batch; return their loss drops, float [incubations].
+
+    Called within `Network.batch_statistics`.
+
+    Args:
+        lineage: Whose seeds.
+        tapped: The activations that arrived at their slots, with gradients where a seed is linearised.
+        labels: Of the batch.
+        host_loss: The host's loss on it.
+        epoch: 0-based.
+        watch: Collects gradients, on the last batch.
+    """
+    drops: list[Tensor] = []
+    without: dict[int, Tensor] = {}
+    for incubation in lineage.training_incubations():
+        begin = time.thread_time()
+        slot = incubation.key.slot
+        learns = learns_in(incubation, epoch)
+        if incubation.key.incubation == "linearised":
+            drops.append(linearised(incubation, tapped[slot], needs_gradient=learns or watch is not None))
+        else:
+            if slot not in without:
+                without[slot] = unseeded_loss(lineage, slot, tapped[slot], labels, host_loss)
+            drops.append(without[slot] - own_pass(lineage, incubation, tapped[slot], labels))
+        if watch is not None:
+            watch.incubating(incubation)
+        if learns:
+            step_seed(incubation, lineage.spec.seed_gradient_clip)
+        incubation.cpu_s += time.thread_time() - begin
+    return torch.stack(drops)
+
+
+def host_held_still(spec: EnvironmentSpec, epoch: int) -> bool:
+    """Return whether the environment holds the host's own weights still in an epoch."""
+    span = spec.host_frozen_epochs
+    return span is not None and span[0] <= epoch < span[1]
 
 
 def clip_seed_gradients(lineage: Lineage) -> None:
-    """Clip the gradient of each blended seed that is no fossil, apart from the host's."""
+    """Clip the gradient of each blended seed that is no fossil, its gate's with it, apart from the host's."""
     for graft in lineage.network.grafts.values():
         if not graft.fossil:
-            clip = lineage.spec.seed_gradient_clip
-            torch.nn.utils.clip_grad_norm_(graft.module.parameters(), clip, foreach=True)
+            torch.nn.utils.clip_grad_norm_(graft.parameters(), lineage.spec.seed_gradient_clip, foreach=True)
 
 
-def measure_gradients(parameters: Sequence[Tensor], measures: SeedMeasures) -> None:
-    """Record norm and health of a seed's last (clipped) gradients.
-
-    Health is 1 - .5 * share vanishing (< 1e-7) - .8 * share exploding (> 10), over parameter tensors.
-    """
-    norms = torch.stack([p.grad.norm() if p.grad is not None else torch.zeros(()) for p in parameters]).tolist()
-    measures.gradient_health_previous = measures.gradient_health
-    vanishing = sum(norm < VANISHING_NORM for norm in norms) / len(norms)
-    exploding = sum(not norm <= EXPLODING_NORM for norm in norms) / len(norms)
-    measures.gradient_norm = finite_or_nan(math.sqrt(sum(norm * norm for norm in norms)))
-    measures.gradient_vanishing = vanishing
-    measures.gradient_exploding = exploding
-    measures.gradient_health = max(0.0, 1 - 0.5 * vanishing - 0.8 * exploding)
-    measures.weight_norm = measure_weights(parameters)
-
-
-def measure_blended_gradients(lineage: Lineage, slot: int, seed: BlendedSeed) -> None:
-    """Record the gradients of a blended seed; its shadow probes end with its incubation."""
-    seed.measures.train_loss_drop = seed.measures.val_loss_drop = seed.measures.seed_improvement = math.nan
-    measure_gradients(list(lineage.network.grafts[slot].module.parameters()), seed.measures)
+def forget_shadow_probes(measures: SeedMeasures) -> None:
+    """The shadow probes of a seed end with its incubation."""
+    measures.train_loss_drop = measures.val_loss_drop = measures.seed_improvement = math.nan
 
 
 def weights_finite(lineage: Lineage) -> bool:
@@ -158,8 +208,3 @@ def weights_finite(lineage: Lineage) -> bool:
         for parameter in group["params"]:
             total = total + parameter.detach().sum()
     return math.isfinite(float(total))
-
-
-def finite_or_nan(value: float) -> float:
-    """Return the value, or NaN for an infinite one: unmeasured, never a wild number."""
-    return value if math.isfinite(value) else math.nan

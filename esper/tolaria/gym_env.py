@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from esper.leyline.actions import LEVER_SIZES, MAX_SLOTS, NUM_OPS, canonicalise
 from esper.leyline.identity import SELECTION_START, Root, env_seed
-from esper.leyline.library import load
+from esper.leyline.library import load, load_environment
 from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.rewards import EpisodeColumns, RewardSpec, combine, reward_components
 from esper.leyline.specs import EnvironmentSpec
@@ -33,7 +33,7 @@ _SEED_PARAMS = FEATURE_COLUMNS.index("seed_params")
 
 
 def _specs(environment: str | EnvironmentSpec, reward: str | RewardSpec) -> tuple[EnvironmentSpec, RewardSpec]:
-    env = load("environments", environment, EnvironmentSpec) if isinstance(environment, str) else environment
+    env = load_environment(environment) if isinstance(environment, str) else environment
     return env, load("rewards", reward, RewardSpec) if isinstance(reward, str) else reward
 
 
@@ -87,7 +87,9 @@ class _Session:
         return V4.encode(as_columns(self.observation.matrix), steps)
 
     def _info(self) -> Info:
-        return {"action_mask": self.observation.mask_KT, "executed": self.executed}
+        trunk = self.cohort.trunk
+        valid = np.full(self.num_episodes, not (trunk.diverged or trunk.num_rollbacks))
+        return {"action_mask": self.observation.mask_KT, "executed": self.executed, "control_valid": valid}
 
 
 def _spaces() -> tuple[spaces.Box, spaces.MultiDiscrete]:

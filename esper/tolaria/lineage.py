@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from esper.kasmina.blending import alpha_at
 from esper.kasmina.blueprints import build_blueprint
-from esper.kasmina.hosts import Host, count_parameters
+from esper.kasmina.gating import build_gate
+from esper.kasmina.hosts import build_host, count_parameters
 from esper.kasmina.lifecycle import SeedKey, SlotState
 from esper.kasmina.network import Graft, Network
-from esper.leyline.actions import CNN_BLUEPRINTS, SEED_LR_FACTORS, Blend
+from esper.leyline.actions import SEED_LR_FACTORS, Blend
 from esper.leyline.specs import EnvironmentSpec
 from esper.tolaria.runtime import keyed_initialisation, lay_out
 from esper.tolaria.tasks import TaskData
 
+if TYPE_CHECKING:
+    from esper.tolaria.governor import GoodState
+
 NAN = float("nan")
+
+MILESTONES = (0.25, 0.5, 0.75, 1.0)
+"""Shares of alpha at which a blended seed's removal cost is kept."""
 
 
 @dataclass(slots=True)
@@ -35,7 +43,16 @@ class SeedMeasures:
     gradient_health_previous: float = NAN
     gradient_vanishing: float = NAN
     gradient_exploding: float = NAN
+    gradient_ratio: float = NAN
+    gradient_variation: float = NAN
+    stable_share: float = NAN
+    gradient_through_seed: float = NAN
+    gradient_norms: list[float] = field(default_factory=list)
+    """The gradient's norm in each of its epochs so far."""
+    stable_epochs: int = 0
     weight_norm: float = NAN
+    interaction_sum: float = NAN
+    contributions: list[float] = field(default_factory=lambda: [NAN] * len(MILESTONES))
 
 
 @dataclass(slots=True)
@@ -52,7 +69,7 @@ class Incubation:
 
 @dataclass(slots=True)
 class BlendedSeed:
-    """A seed that the host knows."""
+    """A seed that the host knows. Its parameters include its gate's."""
 
     key: SeedKey
     blend: Blend
@@ -82,6 +99,8 @@ class Outcome:
     uncommitted_test_accuracy: float
     seed_params: int
     num_fossils: int
+    shapley: tuple[float, ...] | None = None
+    """Per slot in points, NaN for a slot without a blended seed; None where it was not measured."""
 
 
 class Lineage:
@@ -96,7 +115,14 @@ class Lineage:
         self.incubations: dict[SeedKey, Incubation] = {}
         self.history: list[EpochMetrics] = []
         self.plateau_epochs = 0
+        self.non_finite = False
         self.diverged = False
+        self.num_rollbacks = 0
+        self.lr_scale = 1.0
+        self.peak_train_accuracy = 0.0
+        self.good: GoodState | None = None
+        self.host_weight_change = NAN
+        self.removal_cost_all = NAN
         self.cpu_s = 0.0
         self.outcome: Outcome | None = None
 
@@ -113,42 +139,54 @@ class Lineage:
         child.host_key = host_key
         return child
 
+    def training_incubations(self) -> list[Incubation]:
+        """Return the incubations whose training has begun."""
+        return [incubation for incubation in self.incubations.values() if incubation.key.has_started]
+
     def incubate(self, key: SeedKey, env_seed: int, channels: int) -> Incubation:
         """Return the incubation of a seed key, born now if it is not there yet."""
         if key not in self.incubations:
-            module = new_seed(key, env_seed, channels)
+            module = new_seed(self.spec, key, env_seed, channels)
             optimiser = make_optimiser(self.spec, list(module.parameters()), SEED_LR_FACTORS[key.seed_lr])
             self.incubations[key] = Incubation(key, module, optimiser, count_parameters(module))
         return self.incubations[key]
 
-    def blend_in(self, slot: SlotState) -> None:
-        """Make an incubating seed part of the host; its optimiser state comes along."""
+    def blend_in(self, slot: SlotState, env_seed: int) -> None:
+        """Make an incubating seed part of the host, with a new gate if its blend has one; its optimiser state stays."""
         if slot.seed is None:
             raise ValueError("an empty slot cannot be blended in")
         incubation = self.incubations.pop(slot.seed)
         index = slot.seed.slot
-        self.network.grafts[index] = Graft(incubation.module, 0.0, slot.isolated, fossil=False)
+        graft = Graft(incubation.module, 0.0, slot.isolated, fossil=False)
+        self.network.grafts[index] = graft
         for group in incubation.optimiser.param_groups:
             self.optimiser.add_param_group(group)
         self.optimiser.state.update(incubation.optimiser.state)
+        num_params = incubation.num_params
+        if slot.blend_kind is Blend.GATED:
+            graft.gate = new_gate(self.spec, slot.seed, env_seed, self.network.host.places[index].channels)
+            # A group of its own: torch's fused SGD fails on a group in which only some tensors have momentum.
+            lr_factor = SEED_LR_FACTORS[slot.seed.seed_lr]
+            self.optimiser.add_param_group({"params": list(graft.gate.parameters()), "lr_factor": lr_factor})
+            num_params += count_parameters(graft.gate)
         self.seeds[index] = BlendedSeed(
-            slot.seed, slot.blend_kind, slot.tempo_epochs, incubation.num_params, measures=incubation.measures
+            slot.seed, slot.blend_kind, slot.tempo_epochs, num_params, measures=incubation.measures
         )
 
     def plant_fossil(self, key: SeedKey, env_seed: int, channels: int) -> None:
         """Put a new seed straight into the committed network: the way in which a bigger root begins."""
         self.incubate(key, env_seed, channels)
-        self.blend_in(SlotState(seed=key, blend=0, tempo=0, dwell=0, isolation=1))
+        self.blend_in(SlotState(seed=key, blend=0, tempo=0, dwell=0, isolation=1), env_seed)
         self.seeds[key.slot].epochs_blended = self.seeds[key.slot].total_epochs
         self.network.grafts[key.slot].alpha = 1.0
         self.commit(key.slot)
 
     def commit(self, slot: int) -> None:
-        """Fossilize: input no longer detached, parameters at the host's learning rate, optimiser state kept."""
+        """Fossilize: input no longer detached, weights at the host's learning rate, gate and optimiser state kept."""
         graft = self.network.grafts[slot]
         graft.isolated = False
         graft.fossil = True
-        members = {id(parameter) for parameter in graft.module.parameters()}
+        members = {id(parameter) for parameter in graft.parameters()}
         for group in self.optimiser.param_groups:
             if id(group["params"][0]) in members:
                 group["lr_factor"] = 1.0
@@ -157,11 +195,11 @@ class Lineage:
         """Take a blended seed out of the host."""
         graft = self.network.grafts.pop(slot)
         del self.seeds[slot]
-        members = {id(parameter) for parameter in graft.module.parameters()}
+        members = {id(parameter) for parameter in graft.parameters()}
         self.optimiser.param_groups = [
             group for group in self.optimiser.param_groups if id(group["params"][0]) not in members
         ]
-        for parameter in graft.module.parameters():
+        for parameter in graft.parameters():
             self.optimiser.state.pop(parameter, None)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -177,7 +215,7 @@ class Lineage:
         optimisers = [self.optimiser, *(incubation.optimiser for incubation in self.incubations.values())]
         for optimiser in optimisers:
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate * group["lr_factor"]
+                group["lr"] = learning_rate * self.lr_scale * group["lr_factor"]
 
     def record(self, metrics: EpochMetrics) -> None:
         """Append an epoch's metrics and update the plateau counter (half a point resets it)."""
@@ -196,15 +234,21 @@ def make_optimiser(spec: EnvironmentSpec, parameters: list[Tensor], lr_factor: f
     return torch.optim.SGD(group, lr=learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=True)
 
 
-def new_seed(key: SeedKey, env_seed: int, channels: int) -> nn.Module:
+def new_seed(spec: EnvironmentSpec, key: SeedKey, env_seed: int, channels: int) -> nn.Module:
     """Return a seed initialised from (env_seed, slot, blueprint, birth epoch)."""
     with keyed_initialisation(env_seed, "seed-init", key.slot, key.blueprint, key.birth_epoch):
-        module = build_blueprint(CNN_BLUEPRINTS[key.blueprint], channels)
+        module = build_blueprint(spec.host.topology, spec.blueprints[key.blueprint], channels)
     return lay_out(module)
+
+
+def new_gate(spec: EnvironmentSpec, key: SeedKey, env_seed: int, channels: int) -> nn.Module:
+    """Return the gate of a gated blend, initialised from (env_seed, slot, blueprint, birth epoch)."""
+    with keyed_initialisation(env_seed, "gate-init", key.slot, key.blueprint, key.birth_epoch):
+        return build_gate(spec.host.topology, channels)
 
 
 def new_network(spec: EnvironmentSpec, env_seed: int, data: TaskData) -> Network:
     """Return the bare host, initialised from the environment seed."""
     with keyed_initialisation(env_seed, "host-init"):
-        host = Host(spec.host, data.in_channels, data.resolution, data.num_classes)
+        host = build_host(spec.host, data.shape)
     return Network(lay_out(host))

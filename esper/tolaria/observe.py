@@ -8,10 +8,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from esper.kasmina.gating import gate_params
 from esper.kasmina.lifecycle import SlotState
 from esper.leyline.actions import MAX_SLOTS
 from esper.leyline.masks import LeverRules
-from esper.leyline.observations import FEATURE_BY_NAME, FEATURE_COLUMNS, NUM_LAGS, slot_column
+from esper.leyline.observations import CONTRIBUTION_PERCENTS, FEATURE_BY_NAME, FEATURE_COLUMNS, NUM_LAGS, slot_column
 from esper.leyline.specs import EnvironmentSpec
 from esper.leyline.stages import BLENDED_STAGES, LIVE_STAGES, Stage
 from esper.tolaria.cost import HostCosts, blueprint_costs
@@ -35,9 +36,12 @@ _OPTIMISER_CODES = {"sgd": 0, "adam": 1}
 def lever_rules(spec: EnvironmentSpec, costs: HostCosts) -> LeverRules:
     """Return what GERMINATE offers in an environment, with the parameters of every blueprint in every slot."""
     table = np.zeros((MAX_SLOTS, 8), dtype=np.int64)
+    gates = np.zeros(MAX_SLOTS, dtype=np.int64)
+    topology = spec.host.topology
     for slot, place in enumerate(costs.places):
-        table[slot] = [blueprint_costs(b, place.channels, place.resolution).num_params for b in range(8)]
-    return LeverRules(table, spec.lever_masks())
+        table[slot] = [blueprint_costs(topology, b, place.channels, place.resolution).num_params for b in range(8)]
+        gates[slot] = gate_params(topology, place.channels)
+    return LeverRules.of(spec, table, gates)
 
 
 def as_columns(matrix: Matrix) -> dict[str, NDArray[np.float64]]:
@@ -90,7 +94,7 @@ def _lineage_features(lineage: Lineage, step: int, base_params: int) -> dict[str
         "best_val_loss": min(finite_losses, default=NAN),
         "best_val_accuracy": max(m.val_accuracy for m in lineage.history),
         "plateau_epochs": lineage.plateau_epochs,
-        "learning_rate": spec.learning_rate_at(min(step, spec.horizon - 1)),
+        "learning_rate": spec.learning_rate_at(min(step, spec.horizon - 1)) * lineage.lr_scale,
         "base_learning_rate": spec.learning_rate,
         "optimiser": _OPTIMISER_CODES[spec.optimiser],
         "batch_size": spec.batch_size,
@@ -101,6 +105,9 @@ def _lineage_features(lineage: Lineage, step: int, base_params: int) -> dict[str
         "max_seeds": spec.seeds_cap,
         "max_fossils": spec.fossils_cap,
         "param_budget": spec.param_budget if spec.param_budget is not None else NAN,
+        "host_weight_change": lineage.host_weight_change,
+        "removal_cost_all": lineage.removal_cost_all,
+        "num_rollbacks": lineage.num_rollbacks,
     }
     for lag in range(1, NUM_LAGS + 1):
         past = lineage.history[-1 - lag] if len(lineage.history) > lag else EpochMetrics()
@@ -146,12 +153,15 @@ def _seed_features(rider: Rider, index: int, state: SlotState, step: int) -> dic
         "age": step - state.seed.birth_epoch,
         "blueprint": state.seed.blueprint,
         "seed_lr": state.seed.seed_lr,
-        "params": holder.num_params,
+        "params": rider.slot_params(index),
         "gradient_norm": measures.gradient_norm,
         "gradient_health": measures.gradient_health,
         "gradient_health_previous": measures.gradient_health_previous,
         "gradient_vanishing": measures.gradient_vanishing,
         "gradient_exploding": measures.gradient_exploding,
+        "gradient_ratio": measures.gradient_ratio,
+        "gradient_variation": measures.gradient_variation,
+        "stable_share": measures.stable_share,
         "weight_norm": measures.weight_norm,
     }
     accuracy = lineage.history[-1].val_accuracy
@@ -159,14 +169,20 @@ def _seed_features(rider: Rider, index: int, state: SlotState, step: int) -> dic
         features["improvement_since_stage"] = 100 * (accuracy - state.stage_start_accuracy)
     if blended:
         features["alpha"] = lineage.network.grafts[index].alpha
-        features["blending_velocity"] = 1 / state.tempo_epochs if state.stage is Stage.BLENDING else 0.0
+        rising = state.stage is Stage.BLENDING and state.epochs_in_stage < state.tempo_epochs
+        features["blending_velocity"] = 1 / state.tempo_epochs if rising else 0.0
+        features["gradient_through_seed"] = measures.gradient_through_seed
+        for percent, points in zip(CONTRIBUTION_PERCENTS, measures.contributions):
+            features[f"contribution_{percent}"] = points
         if state.stage is not Stage.FOSSILIZED:
             features["removal_cost"] = measures.removal_cost
             features["removal_cost_velocity"] = measures.removal_cost_velocity
             features["removal_age"] = 0 if measures.removal_cost == measures.removal_cost else NAN
+            features["interaction_sum"] = measures.interaction_sum
     else:
         features["train_loss_drop"] = measures.train_loss_drop
         features["val_loss_drop"] = measures.val_loss_drop
         features["seed_improvement"] = measures.seed_improvement
-        features["g2_headroom"] = state.epochs_in_stage - state.dwell_epochs
+        trained = state.epochs_in_stage if state.stage is Stage.TRAINING else 0
+        features["g2_headroom"] = trained - state.dwell_epochs
     return features

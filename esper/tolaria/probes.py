@@ -6,42 +6,63 @@ with running statistics it predicts nothing. Chunks have a fixed size, and varia
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esper.tolaria.lineage import EpochMetrics, Incubation, Lineage
+from esper.kasmina.network import Network
+from esper.tolaria.lineage import MILESTONES, EpochMetrics, Incubation, Lineage
 from esper.tolaria.tasks import Split, TaskData
 
-CHUNK_ROWS = 512
+CHUNK_ANSWERS = 512
+"""Rows of images in a chunk; of text, as many rows as have four times that many tokens."""
+
+TOKENS_PER_ANSWER = 4
+
+ALPHA_SLACK = 1e-6
+"""A sigmoid reaches its half and its end up to rounding."""
 
 
 def chunks(split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and labels in chunks of CHUNK_ROWS; the last one is shorter."""
-    for start in range(0, len(split), CHUNK_ROWS):
-        yield split.x_NCHW[start : start + CHUNK_ROWS], split.y_N[start : start + CHUNK_ROWS]
+    """Yield inputs and labels in chunks of a fixed number of rows; the last one is shorter."""
+    tokens = split.labels.shape[1:].numel()
+    rows = CHUNK_ANSWERS if split.labels.dim() == 1 else max(1, CHUNK_ANSWERS * TOKENS_PER_ANSWER // tokens)
+    for start in range(0, len(split), rows):
+        yield split.inputs[start : start + rows], split.labels[start : start + rows]
+
+
+def batch_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of a batch in nats, over rows of images or over tokens of text.
+
+    Args:
+        logits: Float [B, classes] or [B, T, vocabulary].
+        labels: Int64 [B] or [B, T].
+    """
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 class Tally:
-    """Sums of loss and correct answers over a split."""
+    """Sums of loss and correct answers over a split: rows of images or tokens of text."""
 
     def __init__(self) -> None:
         self.loss = torch.zeros((), dtype=torch.float64)
         self.correct = torch.zeros((), dtype=torch.int64)
         self.count = 0
 
-    def add(self, logits: Tensor, y_B: Tensor) -> None:
-        """Add one chunk."""
-        self.loss += F.cross_entropy(logits, y_B, reduction="sum")
-        self.correct += (logits.argmax(1) == y_B).sum()
-        self.count += len(y_B)
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add one chunk: logits [B, classes] with labels [B], or [B, T, vocabulary] with [B, T]."""
+        self.loss += F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+        self.correct += (logits.argmax(-1) == labels).sum()
+        self.count += labels.numel()
 
     def mean_loss(self) -> float:
-        """Return nats per row; NaN where it is not finite."""
+        """Return nats per answer; NaN where it is not finite."""
         value = float(self.loss) / self.count
         return value if math.isfinite(value) else math.nan
 
@@ -50,26 +71,65 @@ class Tally:
         return float(self.correct) / self.count
 
 
+@contextmanager
+def switched_off(network: Network, slots: Collection[int]) -> Iterator[None]:
+    """Within it, the network runs without the grafts of some slots."""
+    grafts = network.grafts
+    network.grafts = {slot: graft for slot, graft in grafts.items() if slot not in slots}
+    try:
+        yield
+    finally:
+        network.grafts = grafts
+
+
 @torch.no_grad()
 def validate(lineage: Lineage, data: TaskData, metrics: EpochMetrics) -> None:
-    """Fill in validation loss and accuracy, removal costs and shadow probes after an epoch."""
-    lineage.network.train_mode(False)
-    live = [slot for slot, graft in lineage.network.grafts.items() if not graft.fossil]
-    host, without = Tally(), {slot: Tally() for slot in live}
-    for x_BCHW, y_B in chunks(data.val):
-        logits, tapped = lineage.network.run(x_BCHW, live)
-        host.add(logits, y_B)
-        for slot in live:
-            without[slot].add(lineage.network.suffix(slot, tapped[slot]), y_B)
+    """Fill in validation loss and accuracy, removal costs and shadow probes after an epoch.
+
+    What a switched-off seed changes begins at its slot, so every variant is a pass of the suffix from its first slot.
+    """
+    network = lineage.network
+    network.train_mode(False)
+    live = sorted(slot for slot, graft in network.grafts.items() if not graft.fossil)
+    host, without = Tally(), {variant: Tally() for variant in _variants(live, lineage.spec.probe_pairs)}
+    for x, y in chunks(data.val_epoch):
+        logits, tapped = network.run(x, live)
+        host.add(logits, y)
+        for variant, tally in without.items():
+            with switched_off(network, variant):
+                tally.add(network.suffix(variant[0], tapped[variant[0]]), y)
     metrics.val_loss = host.mean_loss()
     metrics.val_accuracy = host.accuracy()
+    costs = {variant: 100 * (host.accuracy() - tally.accuracy()) for variant, tally in without.items()}
     if math.isnan(metrics.val_loss):
-        lineage.diverged = True
+        lineage.non_finite = True
+        costs = dict.fromkeys(costs, math.nan)
     for slot in live:
-        _record_removal(lineage, slot, 100 * (host.accuracy() - without[slot].accuracy()))
-    if lineage.incubations:
-        with lineage.network.batch_statistics():
-            _shadow_probes(lineage, data.val, list(lineage.incubations.values()))
+        _record_removal(lineage, slot, costs[slot,])
+        asked = lineage.spec.probe_pairs
+        lineage.seeds[slot].measures.interaction_sum = _interaction_sum(slot, costs) if asked else math.nan
+    lineage.removal_cost_all = costs[tuple(live)] if live else math.nan
+    started = [incubation for incubation in lineage.incubations.values() if incubation.key.has_started]
+    if started:
+        with network.batch_statistics():
+            _shadow_probes(lineage, data.val_epoch, started)
+
+
+def _variants(live: Sequence[int], with_pairs: bool) -> list[tuple[int, ...]]:
+    """The sets of slots to switch off, each rising: every one, every pair where asked, all."""
+    sizes = {1, len(live), *((2,) if with_pairs else ())}
+    return [variant for size in sorted(sizes) for variant in itertools.combinations(live, size) if variant]
+
+
+def _interaction_sum(slot: int, costs: Mapping[tuple[int, ...], float]) -> float:
+    """Sum of I_ij = f(ij) - f(i) - f(j) + f(none) over a slot's pairs, in points; NaN where no pair was measured.
+
+    In removal costs: I_ij = cost(i) + cost(j) - cost(ij).
+    """
+    pairs = [variant for variant in costs if len(variant) == 2 and slot in variant]
+    if not pairs:
+        return math.nan
+    return sum(costs[one,] + costs[other,] - costs[one, other] for one, other in pairs)
 
 
 def _record_removal(lineage: Lineage, slot: int, cost_points: float) -> None:
@@ -79,18 +139,22 @@ def _record_removal(lineage: Lineage, slot: int, cost_points: float) -> None:
         before = measures.removal_cost_velocity
         measures.removal_cost_velocity = change if math.isnan(before) else 0.7 * before + 0.3 * change
     measures.removal_cost = cost_points
+    alpha = lineage.network.grafts[slot].alpha
+    for milestone, share in enumerate(MILESTONES):
+        if alpha >= share - ALPHA_SLACK and math.isnan(measures.contributions[milestone]):
+            measures.contributions[milestone] = cost_points
 
 
 def _shadow_probes(lineage: Lineage, split: Split, incubations: Sequence[Incubation]) -> None:
     host, shadows = Tally(), [Tally() for _ in incubations]
     taps = [incubation.key.slot for incubation in incubations]
-    for x_BCHW, y_B in chunks(split):
-        logits, tapped = lineage.network.run(x_BCHW, taps)
-        host.add(logits, y_B)
+    for x, y in chunks(split):
+        logits, tapped = lineage.network.run(x, taps)
+        host.add(logits, y)
         for incubation, tally in zip(incubations, shadows):
             begin = time.thread_time()
-            h_BCHW = tapped[incubation.key.slot]
-            tally.add(lineage.network.suffix(incubation.key.slot, h_BCHW + incubation.module(h_BCHW)), y_B)
+            h = tapped[incubation.key.slot]
+            tally.add(lineage.network.suffix(incubation.key.slot, h + incubation.module(h)), y)
             incubation.cpu_s += time.thread_time() - begin
     for incubation, tally in zip(incubations, shadows):
         incubation.measures.val_loss_drop = host.mean_loss() - tally.mean_loss()
@@ -109,6 +173,6 @@ def measure_weights(parameters: Sequence[Tensor]) -> float:
 def score(run: Callable[[Tensor], Tensor], split: Split) -> float:
     """Return the accuracy of a forward function on a whole split, a fraction."""
     tally = Tally()
-    for x_BCHW, y_B in chunks(split):
-        tally.add(run(x_BCHW), y_B)
+    for x, y in chunks(split):
+        tally.add(run(x), y)
     return tally.accuracy()

@@ -18,10 +18,11 @@ from esper.leyline.matrix import CohortPlan, PlannedEpisode
 from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.rewards import EpisodeColumns, reward_components
 from esper.leyline.schema import ACTION_FIELDS, COSTS, EPISODES, STEPS
-from esper.tolaria.cohort import Applied, Cohort, Observation
+from esper.tolaria.cohort import Cohort, Observation
 from esper.tolaria.episode import Rider
 from esper.tolaria.lineage import Outcome
 from esper.tolaria.step_costs import StepCosts
+from esper.tolaria.transitions import Applied
 
 _OP_NAMES = np.array([op.name for op in Op])
 _VAL = FEATURE_COLUMNS.index("val_accuracy")
@@ -239,7 +240,7 @@ class Recorder:
             "plan": max(plans) if max(plans) >= 0 else None,
             "branch_parent": self.branch.parent if self.branch else None,
             "branch_step": self.branch.step if self.branch else None,
-            "outcome": "diverged" if rider.diverged else "completed",
+            "outcome": _how_it_ended(rider),
             "error": None,
             "num_steps": rider.num_steps,
             "final_host_key": rider.lineage.host_key,
@@ -250,7 +251,11 @@ class Recorder:
             "uncommitted_test_accuracy": outcome.uncommitted_test_accuracy,
             "control_final_val_accuracy": control.final_val_accuracy,
             "control_final_test_accuracy": control.final_test_accuracy,
-            "control_valid": not self.cohort.trunk.diverged,
+            "control_valid": not (self.cohort.trunk.diverged or self.cohort.trunk.num_rollbacks),
+            "shapley": outcome.shapley and [_null(points) for points in outcome.shapley],
+            "num_rollbacks": rider.lineage.num_rollbacks,
+            "data_source": self.cohort.data.source,
+            "data_digest": self.cohort.data.digest,
             "host_params": self.cohort.base_params,
             "final_seed_params": outcome.seed_params,
             "num_fossils": outcome.num_fossils,
@@ -290,6 +295,12 @@ def _outcome_of(rider: Rider) -> Outcome:
     if rider.outcome is None:
         raise RuntimeError(f"episode {rider.index} has not ended")
     return rider.outcome
+
+
+def _how_it_ended(rider: Rider) -> str:
+    if rider.diverged:
+        return "diverged"
+    return "rolled_back" if rider.lineage.num_rollbacks else "completed"
 
 
 def _null(value: float) -> float | None:

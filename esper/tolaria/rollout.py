@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -10,17 +12,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from esper.leyline.actions import ACTION_WIDTH, NUM_OPS, Op, is_valid
-from esper.leyline.errors import MaskError
+from esper.leyline.errors import MaskError, SpecError
 from esper.leyline.keys import numpy_generator
 from esper.leyline.matrix import CohortPlan, PlannedEpisode
 from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.protocols import BLOCK_ROWS, ActInputs, Carry, Controller, EpisodeStart
 from esper.leyline.tree import NUM_UNIFORMS
 from esper.tamiyo.registry import build_controller
+from esper.tolaria.checkpoint import CheckpointSpec, has_checkpoint, load_run, remove_checkpoint, save_cohort
 from esper.tolaria.cohort import Cohort, Observation
 from esper.tolaria.executor import Executor
 from esper.tolaria.recorder import Decisions, Recorder
 from esper.tolaria.runtime import code_commit
+from esper.tolaria.transitions import Applied
+
+Watch = Callable[[Cohort, Applied | None], object]
+"""Is shown a cohort when it begins or goes on (None), then after every step with what became of the actions."""
 
 
 @dataclass(slots=True)
@@ -67,6 +74,16 @@ class Crew:
         """Uniform draws [horizon, NUM_UNIFORMS] keyed by (env_seed, controller, epsilon, temperature, repetition)."""
         key = (episode.controller.spec_id, episode.epsilon, episode.temperature, episode.repetition)
         return numpy_generator(self.plan.env_seed, "behaviour", *key).random((self.horizon, NUM_UNIFORMS))
+
+    @property
+    def carries(self) -> list[Carry]:
+        """The memory of every group, in order."""
+        return [group.carry for group in self.groups]
+
+    @carries.setter
+    def carries(self, carries: Sequence[Carry]) -> None:
+        for group, carry in zip(self.groups, carries, strict=True):
+            group.carry = carry
 
     def decide(self, observation: Observation) -> Decisions:
         """Return every episode's decision (WAIT for those that have ended).
@@ -125,31 +142,77 @@ class CohortRun:
     recorder: Recorder
 
     @classmethod
-    def of(cls, plan: CohortPlan, executor: Executor | None = None, keep_snapshots: bool = False) -> Self:
-        """Run a plan to its end."""
-        roots = [episode.root for episode in plan.episodes]
-        cohort = Cohort(plan.environment, plan.env_seed, roots, executor, keep_snapshots)
-        recorder = Recorder(cohort, plan, [plan.identity(episode) for episode in plan.episodes])
+    def of(
+        cls,
+        plan: CohortPlan,
+        executor: Executor | None = None,
+        keep_snapshots: bool = False,
+        checkpoint: CheckpointSpec | None = None,
+        watch: Watch | None = None,
+    ) -> Self:
+        """Run a plan to its end; with a checkpoint, go on from it where it is there, and write it as the run proceeds.
+
+        Raises:
+            SpecError: The checkpoint belongs to another plan or another version.
+            IntegrityError: The checkpoint is damaged.
+        """
         crew = Crew(plan, plan.environment.horizon)
         crew.begin()
-        observation = cohort.reset()
+        if checkpoint is not None and has_checkpoint(checkpoint.folder):
+            run = cls._resumed(plan, crew, executor, checkpoint.folder)
+            observation = run.cohort.observe()
+        else:
+            cohort = Cohort(plan.environment, plan.env_seed, [e.root for e in plan.episodes], executor, keep_snapshots)
+            run = cls(plan, cohort, Recorder(cohort, plan, [plan.identity(episode) for episode in plan.episodes]))
+            observation = cohort.reset()
+        cohort, recorder = run.cohort, run.recorder
+        if watch is not None:
+            watch(cohort, None)
         while not cohort.done:
             recorder.observed(observation)
             decisions = crew.decide(observation)
             observation, applied = cohort.step(decisions.actions_KA, observation)
             recorder.decided(decisions, applied)
+            if watch is not None:
+                watch(cohort, applied)
+            if checkpoint is not None and checkpoint.is_due(cohort):
+                beside = {"plan": plan.spec_id, "carries": crew.carries, "moments": recorder.moments}
+                save_cohort(cohort, checkpoint.folder, beside)
         recorder.observed(observation)
+        return run
+
+    @classmethod
+    def _resumed(cls, plan: CohortPlan, crew: Crew, executor: Executor | None, folder: Path) -> Self:
+        """The run as it was when its checkpoint was written; the crew gets its memories back."""
+        cohort, beside = load_run(folder, executor)
+        if beside.get("plan") != plan.spec_id:
+            raise SpecError(
+                f"checkpoint {folder} belongs to another plan\n  expected: a folder of its own for every plan"
+            )
+        crew.carries = beside["carries"]
+        recorder = Recorder(cohort, plan, [plan.identity(episode) for episode in plan.episodes])
+        recorder.moments = beside["moments"]
         return cls(plan, cohort, recorder)
 
 
-def run_cohort(plan: CohortPlan) -> dict[str, pa.Table]:
+def run_cohort(plan: CohortPlan, checkpoint: CheckpointSpec | None = None) -> dict[str, pa.Table]:
     """Run all episodes of a plan together, then its branches.
 
     Returns `steps`, `costs` and `episodes` without the commit columns. Same plan, same bytes in every deterministic
-    column, whatever else runs beside it. An episode's rows do not depend on which other episodes the plan holds.
+    column, whatever else runs beside it and wherever it was interrupted. An episode's rows do not depend on which
+    other episodes the plan holds.
+
+    Args:
+        plan: What to run.
+        checkpoint: Where to keep what an interrupted run goes on from, by itself; removed at the end. The episodes
+            are kept, a run that is interrupted among its branches begins those anew.
     """
     if plan.branches:
         from esper.tolaria.branching import run_with_branches  # it is built on CohortRun
 
-        return run_with_branches(plan)
-    return CohortRun.of(plan).recorder.tables(code_commit())
+        tables = run_with_branches(plan, checkpoint)
+    else:
+        tables = CohortRun.of(plan, checkpoint=checkpoint).recorder.tables(code_commit())
+    if checkpoint is not None:
+        remove_checkpoint(checkpoint.folder)
+    return tables

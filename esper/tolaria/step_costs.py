@@ -65,5 +65,5 @@ def count_costs(
         shared[rider.index] = lineage.cpu_s / mates[rider.index] + sum(
             i.cpu_s / users[lineage.host_key, i.key] for i in incubations
         )
-        flops[rider.index] = host + sum(own[i.key.slot, i.key.blueprint] for i in incubations)
+        flops[rider.index] = host + sum(own[i.key] for i in incubations)
     return StepCosts(cpu_s_alone_K=alone, cpu_s_shared_K=shared, riders_K=mates, flops_K=flops)

@@ -78,4 +78,4 @@ def test_ctrl_c_exits_with_130_says_what_is_stored_and_leaves_no_process(tmp_pat
     said = (tmp_path / "stopped.log").read_text()
     assert "of 40 cohorts are stored" in said
     assert "Traceback" not in said
-    assert not _children(stopped.pid)
+    assert _wait_for(lambda: not _children(stopped.pid), 10), "a process outlived its parent"

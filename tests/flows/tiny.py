@@ -27,6 +27,7 @@ kind = "digits"
 sources = [32, 16, 16]
 
 [host]
+kind = "cnn"
 channels = [2, 2]
 kernels = [1, 1]
 pools = [2, 2]

@@ -19,7 +19,7 @@ from esper.karn.store import open_store
 from esper.karn.verdict_text import check_row, override_lines, sorted_checks, verdict_line
 from esper.leyline.actions import Op
 from esper.leyline.errors import IntegrityError, SpecError, StoreError
-from esper.leyline.library import load
+from esper.leyline.library import find, load
 from esper.leyline.rewards import RewardSpec, combine
 from esper.leyline.verdict import CheckResult, Level, Use, Verdict
 
@@ -186,11 +186,18 @@ def test_coverage_counts_what_was_taken_and_what_was_valid(data, decisions):
         assert found.germinated_BL[2, 13] == len(isolated)
 
 
-def test_what_the_environment_does_not_offer_is_not_called_uncovered(data):
-    possible = data.coverage["digits-gap"].possible_BL
-    assert not possible[:, 4].any()  # the gated blend
-    assert possible[:, :4].all()
-    assert not (data.coverage["digits-gap"].germinated_BL[~possible]).any()
+def test_what_the_environment_does_not_offer_is_not_called_uncovered(tmp_path, monkeypatch):
+    text = find("environments", "digits-gap").read_text(encoding="utf-8")
+    without_the_steepest = tmp_path / "datasets" / "environments" / "digits-gap.toml"
+    without_the_steepest.parent.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)  # the datasets of the working folder come first
+    without_the_steepest.write_text('blends = ["linear", "sigmoid-0.5", "sigmoid-1", "gated"]\n' + text)
+    dataset = open_store(tmp_path / "store").dataset("plain")
+    dataset.commit(factories.synthetic_tables())
+    found = read_page_data(dataset.seal(matrix_id="m", provenance={}), {}).coverage["digits-gap"]
+    assert not found.possible_BL[:, 3].any()  # the steepest sigmoid
+    assert found.possible_BL[:, [0, 1, 2, 4]].all()
+    assert not found.germinated_BL[~found.possible_BL].any()
 
 
 def test_returns_are_those_of_the_reward_and_points_where_it_is_unknown(data, steps):

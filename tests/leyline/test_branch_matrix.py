@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from esper.leyline.actions import Action, Op
-from esper.leyline.errors import EsperError, SpecError
+from esper.leyline.errors import EsperError, SpecError, UnknownNameError
 from esper.leyline.identity import EpisodeIdentity
 from esper.leyline.library import load
 from esper.leyline.matrix import CohortPlan, ForcedAction, MatrixSpec, PlannedBranch
-from esper.leyline.plans import COMPLETE, expand
+from esper.leyline.plans import COMPLETE, expand, plan_branch
+from esper.leyline.specs import EnvironmentSpec
 
 HERE = {"environment": "digits-gap", "reward": "digits-gap", "replicate": 1}
 GERMINATE = {"op": "GERMINATE", "slot": 1, "blueprint": "dilated", "tempo_epochs": 5}
@@ -56,6 +57,15 @@ def test_branches_that_make_no_sense_are_refused(wrong, words):
         matrix(branch(**wrong))
 
 
+def test_a_forced_germination_names_a_blueprint_of_the_environments_topology():
+    planned = plan_branch(matrix(branch()).branches[0], load("environments", "digits-gap", EnvironmentSpec))
+    assert planned.forced[0][2] == 5
+    ours = ForcedAction.model_validate({**GERMINATE, "blueprint": "gated_mlp"})
+    assert ForcedAction.of_row(ours.to_row("transformer"), "transformer").blueprint == "gated_mlp"
+    with pytest.raises(UnknownNameError, match="its counterpart there is 'dilated'"):
+        ours.to_row("cnn")
+
+
 def test_a_branch_named_twice_and_two_rewards_of_an_environment_are_refused():
     with pytest.raises(SpecError, match="named twice"):
         matrix(branch(), branch())
@@ -74,12 +84,12 @@ def test_a_step_or_slot_that_the_environment_does_not_have_is_refused(wrong, wor
 def test_a_forced_action_in_words_and_its_row_are_the_same():
     action = ForcedAction.model_validate(GERMINATE)
     row = Action(op=Op.GERMINATE, slot=1, blueprint=5, tempo_epochs=5).to_row()
-    assert action.to_row().tolist() == row.tolist()
-    assert ForcedAction.of_row(row).to_row().tolist() == row.tolist()
+    assert action.to_row("cnn").tolist() == row.tolist()
+    assert ForcedAction.of_row(row, "cnn").to_row("cnn").tolist() == row.tolist()
     for op in ("ADVANCE", "FOSSILIZE", "PRUNE"):
         forced = ForcedAction(op=op, slot=2)
-        assert ForcedAction.of_row(forced.to_row()) == forced
-    assert ForcedAction.of_row(ForcedAction(op="WAIT").to_row()) == ForcedAction(op="WAIT")
+        assert ForcedAction.of_row(forced.to_row("cnn"), "cnn") == forced
+    assert ForcedAction.of_row(ForcedAction(op="WAIT").to_row("cnn"), "cnn") == ForcedAction(op="WAIT")
 
 
 def test_branches_join_the_cohort_of_their_replicate_and_their_parents_are_planned_once():

@@ -5,10 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from esper.leyline.actions import LEVERS, MAX_SLOTS, Op, check_mask, lever_slice, slot_slice
+from esper.leyline.actions import LEVERS, MAX_SLOTS, TEMPO_EPOCHS, Op, check_mask, lever_slice, slot_slice
 from esper.leyline.errors import LifecycleError
 from esper.leyline.masks import LeverRules, build_mask
 from esper.leyline.observations import slot_column
+from esper.leyline.specs import CnnHost, DigitsTask, EnvironmentSpec
 from esper.leyline.stages import (
     BLENDED_STAGES,
     COOLDOWN_EPOCHS,
@@ -24,7 +25,11 @@ from esper.leyline.stages import (
 LEVER_MASKS = tuple(np.ones(size, dtype=bool) for size in (8, 5, 4, 4, 2, 3))
 
 
-def columns(stages, *, epochs=0, dwell=0, **fields):
+ALL_SLOTS = np.ones(MAX_SLOTS, dtype=bool)
+NO_GATES = np.zeros(MAX_SLOTS, dtype=np.int64)
+
+
+def columns(stages, *, epochs=0, dwell=0, tempo=0, **fields):
     """One row with the given stages in its first slots."""
     out = {"num_slots": len(stages), "max_seeds": len(stages), "max_fossils": len(stages)}
     out |= {"param_budget": np.nan, "seed_params": 0, **fields}
@@ -33,12 +38,13 @@ def columns(stages, *, epochs=0, dwell=0, **fields):
         out[slot_column(slot, "stage")] = stages[slot] if there else np.nan
         out[slot_column(slot, "epochs_in_stage")] = epochs if there else np.nan
         out[slot_column(slot, "dwell")] = dwell if there else np.nan
+        out[slot_column(slot, "tempo")] = tempo if there else np.nan
     return {name: np.array([value], dtype=np.float32) for name, value in out.items()}
 
 
-def mask_of(stages, *, lever_masks=LEVER_MASKS, params=None, **fields):
+def mask_of(stages, *, lever_masks=LEVER_MASKS, params=None, enabled=ALL_SLOTS, asks=False, gates=NO_GATES, **fields):
     sizes = np.full((MAX_SLOTS, 8), 10, dtype=np.int64) if params is None else params
-    mask = build_mask(columns(stages, **fields), LeverRules(sizes, lever_masks))
+    mask = build_mask(columns(stages, **fields), LeverRules(sizes, lever_masks, enabled, asks, gates))
     check_mask(mask)
     return mask[0]
 
@@ -145,3 +151,58 @@ def test_levers_follow_what_the_environment_offers():
 
 def test_wait_is_always_valid():
     assert mask_of([Stage.FOSSILIZED])[:5].tolist() == [True, False, False, False, False]
+
+
+def test_a_seed_may_germinate_in_the_slots_in_use_alone():
+    enabled = np.arange(MAX_SLOTS) == 1
+    mask = mask_of([Stage.DORMANT] * 3, enabled=enabled)
+    assert slots(mask, Op.GERMINATE) == [1]
+    assert not mask[lever_slice(0, 0)].any()
+    assert slots(mask_of([Stage.TRAINING] * 3, enabled=enabled, epochs=3), Op.ADVANCE) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("stage", list(Stage))
+@pytest.mark.parametrize("epochs", [0, 4, 5])
+def test_where_every_gate_is_asked_waiting_and_full_seeds_advance_too(stage, epochs):
+    expected = {Stage.GERMINATED: True, Stage.TRAINING: epochs >= 1, Stage.BLENDING: epochs >= TEMPO_EPOCHS[1]}
+    assert slots(mask_of([stage], epochs=epochs, tempo=1, asks=True), Op.ADVANCE) == [0] * expected.get(stage, False)
+    by_themselves = stage is Stage.TRAINING and epochs >= 1
+    assert slots(mask_of([stage], epochs=epochs, tempo=1), Op.ADVANCE) == [0] * by_themselves
+
+
+def test_a_gated_blend_is_offered_where_every_blueprint_on_offer_fits_with_its_gate():
+    params = np.tile(np.arange(10, 90, 10), (MAX_SLOTS, 1))
+    gates = np.full(MAX_SLOTS, 7)
+    for budget, blueprints, gated in ((17, 1, True), (16, 1, False), (25, 2, False), (27, 2, True), (87, 8, True)):
+        mask = mask_of([Stage.DORMANT], params=params, gates=gates, param_budget=budget)
+        assert mask[lever_slice(0, 0)].sum() == blueprints
+        assert mask[lever_slice(0, 1)].tolist() == [True] * 4 + [gated]
+    assert mask_of([Stage.DORMANT], params=params, gates=gates)[lever_slice(0, 1)].all()
+
+
+def test_where_every_blend_is_gated_a_blueprint_counts_with_its_gate():
+    params = np.tile(np.arange(10, 90, 10), (MAX_SLOTS, 1))
+    gated_only = (LEVER_MASKS[0], np.arange(5) == 4, *LEVER_MASKS[2:])
+    for budget, blueprints in ((16, 0), (17, 1), (26, 1), (27, 2)):
+        mask = mask_of(
+            [Stage.DORMANT], params=params, gates=np.full(MAX_SLOTS, 7), param_budget=budget, lever_masks=gated_only
+        )
+        assert mask[lever_slice(0, 0)].sum() == blueprints
+        assert mask[lever_slice(0, 1)].tolist() == [False] * 4 + [blueprints > 0]
+
+
+def test_the_rules_of_an_environment_are_its_slots_levers_and_gates():
+    host = CnnHost(channels=(4, 4), kernels=(3, 3), pools=(2, 1))
+    spec = EnvironmentSpec(
+        name="two", task=DigitsTask(), host=host, learning_rate=0.1, batch_size=8, batches_per_epoch=1, horizon=2
+    )
+    sizes = np.ones((MAX_SLOTS, 8), dtype=np.int64)
+    plain = LeverRules.of(spec, sizes)
+    assert plain.enabled_slots.tolist() == [True, True] + [False] * 4
+    assert not plain.ask_at_every_gate
+    chosen = spec.model_copy(update={"slots": (spec.slot_names[1],), "ask_at_every_gate": True, "tempos": (8,)})
+    rules = LeverRules.of(chosen, sizes, np.arange(MAX_SLOTS))
+    assert rules.enabled_slots.tolist() == [False, True] + [False] * 4
+    assert rules.ask_at_every_gate
+    assert rules.lever_masks[2].tolist() == [False, False, True, False]
+    assert rules.gate_params_S.tolist() == [0, 1, 2, 3, 4, 5]

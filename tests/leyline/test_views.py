@@ -131,6 +131,54 @@ def test_v3_clips_the_counterfactual_and_hides_a_missing_one(value, shown):
     assert named(V3, s0_removal_cost=value)["s0_counterfactual"] == shown
 
 
+@pytest.mark.parametrize(("value", "shown"), [(NAN, 0.0), (4.0, 0.4), (50.0, 1.0), (-50.0, -1.0)])
+def test_v3_shows_the_interactions_that_were_measured(value, shown):
+    assert named(V3, s0_interaction_sum=value)["s0_interaction_sum"] == pytest.approx(shown)
+
+
+def test_v3_has_no_time_left_for_a_full_blend_that_waits_at_its_gate():
+    found = named(V3, s1_stage=Stage.BLENDING, s1_epochs_in_stage=14)
+    assert (found["s1_steps_done"], found["s1_time_to_target"]) == (pytest.approx(12 / 20), 0)
+
+
+LATER_SLOT = {
+    "contribution_25": (5.0, 0.5),
+    "contribution_50": (-5.0, -0.5),
+    "contribution_75": (100.0, 3.0),
+    "contribution_100": (2.0, 0.2),
+    "gradient_ratio": (2.5, 0.25),
+    "gradient_variation": (9.0, 1.0),
+    "stable_share": (0.75, 0.75),
+    "gradient_through_seed": (np.e - 1, 1 / 7),
+}
+
+
+@pytest.mark.parametrize("name", LATER_SLOT)
+def test_v4_shows_what_the_levers_are_judged_by_and_whether_it_was_measured(name):
+    value, shown = LATER_SLOT[name]
+    found, unknown = named(V4, **{f"s0_{name}": value}), named(V4)
+    assert (found[f"s0_{name}"], found[f"s0_{name}_known"]) == (pytest.approx(shown), 1)
+    assert (unknown[f"s0_{name}"], unknown[f"s0_{name}_known"]) == (0, 0)
+
+
+def test_v4_shows_the_host_s_own_change_all_seeds_off_interactions_and_rollbacks():
+    unknown = named(V4)
+    found = named(V4, host_weight_change=0.25, removal_cost_all=-5.0, num_rollbacks=2, s0_interaction_sum=3.0)
+    assert (found["global_host_weight_change"], found["global_host_weight_change_known"]) == (0.25, 1)
+    assert (found["global_removal_cost_all"], found["global_removal_cost_all_known"]) == (-0.5, 1)
+    assert found["global_rollbacks"] == pytest.approx(2 / 3)
+    assert (found["s0_interaction_sum"], found["s0_interaction_known"]) == (pytest.approx(0.3), 1)
+    for name in ("global_host_weight_change_known", "global_removal_cost_all_known", "s0_interaction_known"):
+        assert unknown[name] == 0
+
+
+def test_v1_and_v3_do_not_see_what_came_with_schema_2_but_for_interactions():
+    later = [c for f in FEATURES if f.since > 1 and f.name != "interaction_sum" for c in f.columns]
+    assert len(later) == 3 + 8 * MAX_SLOTS
+    for view in (V1, V3):
+        np.testing.assert_array_equal(encode(view), encode(view, **dict.fromkeys(later, 1.0)))
+
+
 def test_v4_tells_unmeasured_from_zero():
     unknown, zero = named(V4, s1_seed_improvement=NAN), named(V4, s1_seed_improvement=0.0)
     assert unknown["s1_seed_improvement"] == zero["s1_seed_improvement"] == 0

@@ -24,6 +24,7 @@ def random_columns(generator: np.random.Generator, num: int) -> dict[str, np.nda
             row[slot_column(slot, "stage")] = np.nan if stage is None else int(stage)
             row[slot_column(slot, "epochs_in_stage")] = float(generator.integers(0, 7)) if there else np.nan
             row[slot_column(slot, "dwell")] = float(generator.integers(0, 4)) if seeded else -1.0
+            row[slot_column(slot, "tempo")] = float(generator.integers(0, 4)) if seeded else -1.0
         row["max_seeds"] = float(generator.integers(0, num_slots + 1))
         row["max_fossils"] = float(generator.integers(0, num_slots + 1))
         row["param_budget"] = np.nan if generator.random() < 0.5 else float(generator.integers(1, 1000))
@@ -33,13 +34,19 @@ def random_columns(generator: np.random.Generator, num: int) -> dict[str, np.nda
 
 
 def random_rules(generator: np.random.Generator) -> LeverRules:
-    """Random sizes of blueprints, and a non-empty choice of every lever."""
+    """Random sizes of blueprints and gates, a non-empty choice of every lever, random slots, G1 and G3 asked or not."""
     masks = []
     for size in LEVER_SIZES:
         mask = generator.random(size) < 0.6
         mask[generator.integers(size)] = True
         masks.append(mask)
-    return LeverRules(generator.integers(1, 800, (MAX_SLOTS, 8)), tuple(masks))
+    return LeverRules(
+        blueprint_params_SB=generator.integers(1, 800, (MAX_SLOTS, 8)),
+        lever_masks=tuple(masks),
+        enabled_slots=generator.random(MAX_SLOTS) < 0.8,
+        ask_at_every_gate=bool(generator.random() < 0.5),
+        gate_params_S=generator.integers(0, 100, MAX_SLOTS),
+    )
 
 
 def random_masks(seed: int, num: int = 4) -> Bools:

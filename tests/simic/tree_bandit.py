@@ -91,7 +91,7 @@ def _cohort(plan: CohortPlan) -> dict[str, pa.Table]:
     observed = Trajectory(plan.environment, plan.env_seed, 0).observe()
     num = len(plan.episodes)
     columns = {name: np.full(num, observed[name], np.float32) for name in FEATURE_COLUMNS}
-    mask = build_mask(columns, LeverRules(blueprint_params(plan.environment), plan.environment.lever_masks()))
+    mask = build_mask(columns, LeverRules.of(plan.environment, blueprint_params(plan.environment)))
     controller = build_controller(plan.episodes[0].controller)
     carry = controller.start(
         [

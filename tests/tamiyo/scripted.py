@@ -10,7 +10,7 @@ from esper.leyline.keys import numpy_generator
 from esper.leyline.masks import LeverRules, build_mask
 from esper.leyline.observations import FEATURE_COLUMNS, slot_column
 from esper.leyline.protocols import ActInputs, EpisodeStart
-from esper.leyline.specs import CnnHost, DigitsTask, EnvironmentSpec
+from esper.leyline.specs import CnnHost, DigitsTask, EnvironmentSpec, TinyStoriesTask, TransformerHost
 from esper.leyline.stages import COOLDOWN_EPOCHS, Stage, check_transition
 from esper.leyline.tree import NUM_UNIFORMS
 
@@ -23,6 +23,13 @@ def environment(num_slots: int = 3, **options) -> EnvironmentSpec:
     return EnvironmentSpec(name="tiny", task=DigitsTask(), host=host, **fields)
 
 
+def text_environment(num_slots: int = 3, **options) -> EnvironmentSpec:
+    host = TransformerHost(layers=num_slots, heads=2, embed=8, slots=num_slots)
+    task = TinyStoriesTask(context=8, vocabulary=32, rows=(16, 8, 8))
+    fields = {"learning_rate": 0.1, "batch_size": 8, "batches_per_epoch": 2, "horizon": 20, **options}
+    return EnvironmentSpec(name="tiny-text", task=task, host=host, **fields)
+
+
 def episode(env: EnvironmentSpec | None = None, **fields) -> EpisodeStart:
     values = {"replicate": 0, "repetition": 0, "epsilon": 0.0, "temperature": None, **fields}
     return EpisodeStart(environment=env or environment(), **values)
@@ -30,11 +37,12 @@ def episode(env: EnvironmentSpec | None = None, **fields) -> EpisodeStart:
 
 @dataclass
 class Script:
-    """What is measured: functions of the step, and of (slot, blueprint, epochs in stage)."""
+    """What is measured, by step or by (slot, blueprint, epochs in stage), and which ops a gate refuses."""
 
     plateau: Callable[[int], int] = lambda step: step
     improvement: Callable[[int, int, int], float] = lambda slot, blueprint, epochs: 2.0
     removal_cost: Callable[[int, int, int], float] = lambda slot, blueprint, epochs: 1.0
+    refuses: Callable[[Op], bool] = lambda op: False
 
 
 @dataclass
@@ -45,6 +53,7 @@ class World:
     script: Script = field(default_factory=Script)
     step: int = 0
     last_op: int = -1
+    last_executed: float = 1.0
 
     def __post_init__(self):
         size = MAX_SLOTS
@@ -57,7 +66,7 @@ class World:
         slots = self.env.host.num_slots
         out |= {"num_slots": slots, "max_seeds": self.env.seeds_cap, "max_fossils": self.env.fossils_cap}
         out |= {"seed_params": 0.0, "plateau_epochs": self.script.plateau(self.step), "horizon": self.env.horizon}
-        out |= {"last_op": self.last_op, "last_executed": 1.0}
+        out |= {"last_op": self.last_op, "last_executed": self.last_executed}
         for slot in range(slots):
             stage, epochs = self.stage[slot], self.epochs[slot]
             blueprint = int(self.levers[slot, 0])
@@ -78,13 +87,23 @@ class World:
 
     def apply(self, row: np.ndarray) -> None:
         op, slot = Op(int(row[0])), int(row[1])
-        if op is Op.GERMINATE:
+        self.last_executed = float(not self.script.refuses(op))
+        if not self.last_executed:
+            pass
+        elif op is Op.GERMINATE:
             self._to(slot, Stage.GERMINATED)
-            self._to(slot, Stage.TRAINING)
+            if not self.env.ask_at_every_gate:
+                self._to(slot, Stage.TRAINING)
             self.levers[slot] = row[2:]
         elif op is Op.ADVANCE:
-            assert self.epochs[slot] >= DWELL_EPOCHS[self.levers[slot, 3]]
-            self._to(slot, Stage.BLENDING)
+            following = {
+                Stage.GERMINATED: Stage.TRAINING,
+                Stage.TRAINING: Stage.BLENDING,
+                Stage.BLENDING: Stage.HOLDING,
+            }
+            dwelt = self.epochs[slot] >= DWELL_EPOCHS[self.levers[slot, 3]]
+            assert self.stage[slot] is not Stage.TRAINING or dwelt
+            self._to(slot, following[self.stage[slot]])
         elif op is Op.FOSSILIZE:
             self._to(slot, Stage.FOSSILIZED)
         elif op is Op.PRUNE:
@@ -101,12 +120,13 @@ class World:
             stage = self.stage[slot]
             if stage in COOLDOWN_EPOCHS and self.epochs[slot] >= COOLDOWN_EPOCHS[stage]:
                 self._to(slot, following[stage])
-            elif stage is Stage.BLENDING and self.epochs[slot] >= TEMPO_EPOCHS[self.levers[slot, 2]]:
+            full = stage is Stage.BLENDING and self.epochs[slot] >= TEMPO_EPOCHS[self.levers[slot, 2]]
+            if full and not self.env.ask_at_every_gate:
                 self._to(slot, Stage.HOLDING)
 
 
 def lever_rules(env: EnvironmentSpec, params: int = 1) -> LeverRules:
-    return LeverRules(np.full((MAX_SLOTS, 8), params, dtype=np.int64), env.lever_masks())
+    return LeverRules.of(env, np.full((MAX_SLOTS, 8), params, dtype=np.int64))
 
 
 def observe(worlds: Sequence[World], key: object = 0) -> ActInputs:

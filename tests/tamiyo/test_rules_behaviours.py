@@ -2,9 +2,17 @@
 
 import numpy as np
 import pytest
-from scripted import NAN, Script, World, environment, episode, observe, run_block, run_one
+from scripted import NAN, Script, World, environment, episode, observe, run_block, run_one, text_environment
 
-from esper.leyline.actions import CNN_BLUEPRINTS, DWELL_EPOCHS, TEMPO_EPOCHS, Op
+from esper.leyline.actions import (
+    CNN_BLUEPRINTS,
+    DWELL_EPOCHS,
+    ISOLATIONS,
+    TEMPO_EPOCHS,
+    TRANSFORMER_BLUEPRINTS,
+    Op,
+)
+from esper.leyline.blueprint_names import TRANSFORMER_COUNTERPARTS, counterpart
 from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS, HEURISTIC, Heuristic, NeverAct
 from esper.leyline.errors import SpecError
 from esper.leyline.stages import Stage
@@ -100,6 +108,14 @@ def test_a_held_seed_that_does_not_pay_is_pruned():
     assert not of("FOSSILIZE", found)
 
 
+@pytest.mark.parametrize("op", [Op.ADVANCE, Op.FOSSILIZE])
+def test_a_seed_that_a_strict_gate_refuses_is_pruned_instead_of_asking_for_ever(op):
+    found = events("baseline", Script(improvement=lambda slot, b, epochs: 0.0, refuses=lambda asked: asked is op))
+    refused, pruned = of(op.name, found), of("PRUNE", found)
+    assert refused
+    assert pruned == [(step + 1, slot) for step, slot in refused]
+
+
 def test_a_held_seed_is_kept_until_its_removal_cost_is_measured():
     late = Script(removal_cost=lambda slot, blueprint, epochs: NAN if epochs < 2 else 1.0)
     assert of("FOSSILIZE", events("baseline", late))[0] == (15, 0)
@@ -133,16 +149,62 @@ def test_blueprints_rotate():
     assert planted == ["conv_light", "attention", "norm", "depthwise", "conv_light"]
 
 
+def test_a_rotation_in_the_names_of_convolutions_stands_for_its_counterparts_on_a_transformer_and_the_reverse():
+    _, rows = run_one(build_controller(ELEVEN_BEHAVIOURS["aggressive"]), POOR, episode(text_environment()))
+    planted = [TRANSFORMER_BLUEPRINTS[row[2]] for row in rows if row[0] == Op.GERMINATE]
+    assert planted == ["mlp_small", "attention", "norm", "conv", "mlp_small"]
+    own = Heuristic(name="own", blueprints=("lora", "gated_mlp"))
+    _, rows = run_one(build_controller(own), POOR)
+    assert [CNN_BLUEPRINTS[row[2]] for row in rows if row[0] == Op.GERMINATE] == ["conv_small", "dilated", "conv_small"]
+
+
+def test_counterparts_are_one_to_one():
+    assert tuple(TRANSFORMER_COUNTERPARTS) == CNN_BLUEPRINTS
+    assert set(TRANSFORMER_COUNTERPARTS.values()) == set(TRANSFORMER_BLUEPRINTS)
+    for name, other in TRANSFORMER_COUNTERPARTS.items():
+        assert counterpart(name, "transformer") == other
+        assert counterpart(other, "cnn") == name
+
+
+@pytest.mark.parametrize("name", sorted(ELEVEN_BEHAVIOURS))
+def test_every_behaviour_plants_in_no_slot_that_may_not_be_used(name):
+    env = text_environment(6, slots=("slot1", "late"))
+    start = episode(env, epsilon=1.0 if name == "random" else 0.3, replicate=4)
+    for script in (GOOD, POOR, RISING):
+        found, _ = run_one(build_controller(ELEVEN_BEHAVIOURS[name]), script, start, horizon=40)
+        assert {slot for _, slot in of("GERMINATE", found)} <= {1, 5}
+        assert found
+
+
+def test_where_every_gate_is_asked_a_good_seed_is_advanced_through_all_three():
+    found, _ = run_one(build_controller(HEURISTIC), GOOD, episode(environment(ask_at_every_gate=True)))
+    assert found[:5] == [
+        (5, "GERMINATE", 0),
+        (6, "ADVANCE", 0),
+        (9, "ADVANCE", 0),
+        (14, "ADVANCE", 0),
+        (15, "FOSSILIZE", 0),
+    ]
+
+
 def test_the_default_levers_are_linear_tempo_five_dwell_three_at_the_hosts_rate():
     _, rows = run_one(build_controller(HEURISTIC), GOOD)
     birth = rows[5]
-    assert (birth[3], TEMPO_EPOCHS[birth[4]], DWELL_EPOCHS[birth[5]], birth[6], birth[7]) == (0, 5, 3, 1, 1)
+    assert (birth[3], TEMPO_EPOCHS[birth[4]], DWELL_EPOCHS[birth[5]], birth[7]) == (0, 5, 3, 1)
 
 
-def test_the_isolation_is_the_environments_default():
-    env = environment(default_isolation="isolated")
+@pytest.mark.parametrize(
+    ("env", "isolation"),
+    [
+        (environment(), "isolated"),
+        (text_environment(), "coadapt"),
+        (environment(default_isolation="coadapt"), "coadapt"),
+        (text_environment(default_isolation="isolated"), "isolated"),
+    ],
+)
+def test_the_isolation_is_the_environments_default_and_by_topology_where_it_says_nothing(env, isolation):
     _, rows = run_one(build_controller(HEURISTIC), GOOD, episode(env))
-    assert rows[5][6] == 0
+    assert ISOLATIONS[rows[5][6]] == isolation
 
 
 def test_a_lever_value_that_the_environment_lacks_becomes_the_nearest():
@@ -237,17 +299,23 @@ def test_a_heuristic_without_blueprints_is_refused():
         Heuristic.parse({"name": "bare", "blueprints": []})
 
 
+def test_a_rotation_that_no_host_has_is_refused():
+    with pytest.raises(SpecError, match="no host has all of them"):
+        Heuristic.parse({"name": "mixed", "blueprints": ["conv_light", "lora"]})
+    with pytest.raises(SpecError, match="did you mean 'gated_mlp'"):
+        Heuristic.parse({"name": "odd", "blueprints": ["gated_mpl"]})
+
+
+@pytest.mark.parametrize("env", [environment(), text_environment(ask_at_every_gate=True)], ids=["cnn", "text"])
 @pytest.mark.parametrize("name", sorted(ELEVEN_BEHAVIOURS))
-def test_explored_episodes_keep_to_the_lifecycle(name):
+def test_explored_episodes_keep_to_the_lifecycle(name, env):
     # run_block checks every action against its mask, the scripted world every transition against the one table
     spec = ELEVEN_BEHAVIOURS[name]
     temperature = None if name == "random" else 2.0
-    starts = [episode(epsilon=0.5, temperature=temperature if row % 2 else None) for row in range(6)]
+    starts = [episode(env, epsilon=0.5, temperature=temperature if row % 2 else None) for row in range(6)]
     if name == "random":
-        starts = [episode(epsilon=1.0) for _ in range(6)]
-    actions, decisions = run_block(
-        build_controller(spec), [World(environment(), GOOD) for _ in starts], starts, key=name
-    )
+        starts = [episode(env, epsilon=1.0) for _ in range(6)]
+    actions, decisions = run_block(build_controller(spec), [World(env, GOOD) for _ in starts], starts, key=name)
     assert {Op.WAIT, Op.GERMINATE, Op.ADVANCE, Op.PRUNE} <= set(actions[:, :, 0].ravel().tolist())
     for decision in decisions:
         assert (decision.logp_N <= 1e-12).all()

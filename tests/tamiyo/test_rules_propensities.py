@@ -16,7 +16,10 @@ from esper.leyline.tree import NUM_UNIFORMS, enumerate_actions, log_prob, log_so
 from esper.tamiyo.mixing import op_distribution, uniform_log_probs
 from esper.tamiyo.registry import build_controller
 
-SMALL = {"blends": ("linear",), "tempos": (3, 5), "dwells": (3,), "isolations": ("coadapt",), "seed_lr_factors": (1.0,)}
+SMALL = {
+    **{"blends": ("linear",), "tempos": (3, 5), "dwells": (3,), "seed_lr_factors": (1.0,)},
+    **{"isolations": ("coadapt",), "default_isolation": "coadapt"},
+}
 
 
 def mixed_world(step: int = 9, **options) -> World:

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from scripted import Script, World, environment, episode, observe, run_block, run_one
+from scripted import Script, World, environment, episode, observe, run_block, run_one, text_environment
 
-from esper.leyline.actions import BLENDS, CNN_BLUEPRINTS, Isolation, Op
+from esper.leyline.actions import BLENDS, CNN_BLUEPRINTS, TRANSFORMER_BLUEPRINTS, Isolation, Op
 from esper.leyline.controller_specs import FixedSchedule, Plant, ScheduleSampler
-from esper.leyline.errors import SpecError
+from esper.leyline.errors import SpecError, UnknownNameError
 from esper.leyline.stages import Stage
 from esper.tamiyo.plans import declared_plans, plant_row, pool_plan, pool_plans
 from esper.tamiyo.registry import build_controller
@@ -94,7 +94,7 @@ def test_a_plant_in_a_slot_that_the_host_lacks_is_an_error():
 
 
 def test_the_declared_plans_are_light_and_heavy_in_each_slot_and_in_all_at_two_epochs():
-    plans = declared_plans(3)
+    plans = declared_plans(3, environment())
     assert len(plans) == 16
     assert len(set(plans)) == 16
     found = {(plan[0].blueprint, tuple(p.slot for p in plan), plan[0].birth_epoch) for plan in plans}
@@ -117,6 +117,37 @@ def test_sampled_plans_have_distinct_slots_and_stay_in_the_bounds_of_the_environ
     assert {plant.tempo_epochs for plant in plants} == {3, 8}
     assert {plant.isolation for plant in plants} == {"isolated"}
     assert {plant.blueprint for plant in plants} == set(CNN_BLUEPRINTS)
+    assert {plant.blend for plant in plants} == set(BLENDS)
+
+
+def test_a_pool_plans_in_the_names_of_the_topology_and_in_the_slots_that_may_be_used():
+    env = text_environment(6, slots=("slot1", "mid", "late"))
+    plants = [plant for index in range(60) for plant in pool_plan(POOL, index, env)]
+    assert {plant.slot for plant in plants} == {1, 3, 5}
+    assert {plant.blueprint for plant in plants} == set(TRANSFORMER_BLUEPRINTS)
+    declared = [plan[0].blueprint for plan in declared_plans(3, env)]
+    assert set(declared) == {"mlp_small", "mlp"}
+    on_all = environment(3)
+    for index in range(16, 60):
+        here, there = pool_plan(POOL, index, env), pool_plan(POOL, index, on_all)
+        assert [plant.slot for plant in here] == [(1, 3, 5)[plant.slot] for plant in there]
+    starts = [episode(env, repetition=index) for index in range(0, 60, 7)]
+    actions, _ = run_block(build_controller(POOL), [World(env) for _ in starts], starts)
+    assert {Op.GERMINATE, Op.ADVANCE, Op.FOSSILIZE} <= set(actions[:, :, 0].ravel().tolist())
+
+
+def test_a_plant_of_the_other_topology_is_refused_and_told_its_counterpart():
+    plan = build_controller(schedule(Plant(slot=0, blueprint="conv_heavy")))
+    with pytest.raises(UnknownNameError, match="its counterpart there is 'mlp'"):
+        plan.start([episode(text_environment())])
+    with pytest.raises(UnknownNameError, match="its counterpart there is 'conv_small'"):
+        build_controller(schedule(Plant(slot=0, blueprint="lora"))).start([episode()])
+
+
+def test_a_plant_in_a_slot_that_may_not_be_used_is_an_error():
+    env = environment(slots=("mid", "late"))
+    with pytest.raises(SpecError, match="one of the slots 1, 2"):
+        build_controller(schedule(Plant(slot=0, blueprint="norm"))).start([episode(env)])
 
 
 def test_plans_are_equal_on_every_env_seed_and_depend_on_pool_and_index():

@@ -62,7 +62,7 @@ def test_episodes_share_a_lineage_until_an_action_changes_the_host():
     scripts = [[], [germinate()], [germinate(), act(Op.ADVANCE)]]
     keys = [[r.lineage.host_key for r in cohort.riders] for _ in drive(cohort, scripts, 2)]
     assert len(set(keys[0])) == 1
-    assert keys[1][0] == keys[1][1] == cohort.trunk_key != keys[1][2]
+    assert keys[1][0] == keys[1][1] == cohort.trunk.host_key != keys[1][2]
     assert cohort.num_host_epochs == 3
 
 
@@ -148,11 +148,12 @@ def test_caps_on_seeds_and_fossils_are_masks(caps, germinable, committable):
     assert bool(mask[Op.FOSSILIZE]) == bool(committable)
 
 
-def test_a_host_that_diverges_ends_as_diverged_at_chance_while_the_others_go_on():
+def test_a_host_that_diverges_ends_at_chance_and_one_with_a_poisoned_seed_loses_it_while_the_others_go_on():
     cohort = Cohort(tiny_environment(learning_rate=100.0, momentum=0.99, horizon=8, weight_decay=0.0), 11, ["host"] * 2)
     for observation, _ in drive(cohort, [[], LIFE]):
         assert not np.isinf(observation.matrix).any()
     ended = [rider for rider in cohort.riders if rider.diverged]
+    assert ended
     for rider in ended:
         assert rider.outcome.final_val_accuracy == cohort.data.chance
     poisoned = Cohort(tiny_environment(), 11, ["host"] * 2)
@@ -162,9 +163,9 @@ def test_a_host_that_diverges_ends_as_diverged_at_chance_while_the_others_go_on(
     next(poisoned.riders[0].lineage.network.grafts[0].module.parameters()).data.fill_(math.nan)
     while not poisoned.done:
         observation, _ = poisoned.step(np.stack([WAIT_ROW, WAIT_ROW]), observation)
-    assert [r.diverged for r in poisoned.riders] == [True, False]
-    assert [r.num_steps for r in poisoned.riders] == [3, 6]
-    assert poisoned.riders[0].outcome.final_val_accuracy == pytest.approx(0.1)
+    assert [r.lineage.num_rollbacks for r in poisoned.riders] == [1, 0]
+    assert [(r.diverged, r.num_steps) for r in poisoned.riders] == [(False, 6)] * 2
+    assert poisoned.riders[0].slots[0].stage is Stage.EMBARGOED
     assert poisoned.control_outcome.final_val_accuracy == poisoned.riders[1].outcome.final_val_accuracy
 
 
@@ -230,4 +231,4 @@ def test_a_seed_held_longer_than_the_patience_is_pruned_from_the_host():
     assert [stage for stage, _ in seen[3:6]] == [Stage.HOLDING, Stage.PRUNED, Stage.EMBARGOED]
     assert seen[-1][1] is Stage.FOSSILIZED
     assert cohort.riders[0].lineage.network.grafts == {}
-    assert cohort.riders[0].lineage.host_key not in {cohort.trunk_key, cohort.riders[1].lineage.host_key}
+    assert cohort.riders[0].lineage.host_key not in {cohort.trunk.host_key, cohort.riders[1].lineage.host_key}

@@ -6,7 +6,7 @@ operation is a zero-initialised scale or convolution with nothing after it, so i
 thousands of times too large.) Shape suffixes: B batch, C channels, H height, W width.
 Source: ReZero, Bachlechner et al. 2020; squeeze-excite, Hu et al. 2018.
 
-A new blueprint is one class and one line of `CNN_REGISTRY`.
+How to try a new one: docs/blueprints.md.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-
-from esper.leyline.actions import CNN_BLUEPRINTS
-from esper.leyline.errors import unknown_name
 
 MIN_CHANNELS_PER_GROUP = 16
 MAX_GROUPS = 32
@@ -145,14 +142,3 @@ CNN_REGISTRY: dict[str, Callable[[int], nn.Module]] = {
     "conv_light": conv_light,
     "conv_heavy": conv_heavy,
 }
-
-
-def build_blueprint(name: str, channels: int) -> nn.Module:
-    """Return a freshly initialised increment for a slot of that many channels.
-
-    Raises:
-        UnknownNameError: There is no such CNN blueprint.
-    """
-    if name not in CNN_REGISTRY:
-        raise unknown_name("blueprint", name, CNN_BLUEPRINTS)
-    return CNN_REGISTRY[name](channels)

@@ -1,36 +1,14 @@
-"""Hosts: an ordered list of segments with a slot after each, then a head. Shape suffixes: B batch, C, H, W."""
+"""The convolutional host: three and five blocks, wide, deep, tiny and impaired. Shape suffixes: B batch, C, H, W."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.leyline.specs import CnnHost
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm with a third mode: batch statistics that leave the running ones untouched (for probes)."""
-
-    probing = False
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the normalised input."""
-        if self.probing:
-            return F.batch_norm(x_BCHW, None, None, self.weight, self.bias, training=True, eps=self.eps)
-        return F.batch_norm(
-            x_BCHW,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            training=self.training,
-            momentum=0.1,
-            eps=self.eps,
-        )
+from esper.kasmina.hosts.base import BatchNorm, DataShape, Host, SlotPlace
+from esper.leyline.errors import SpecError
+from esper.leyline.host_specs import CnnHost
 
 
 class ConvBlock(nn.Module):
@@ -57,34 +35,25 @@ class ConvBlock(nn.Module):
         return out if self.keep is None else out * self.keep
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlotPlace:
-    """What lies before a slot."""
+class ConvHost(Host):
+    """Blocks, global average pooling, a linear layer."""
 
-    channels: int
-    resolution: int
-    kernel: int
-    pool: int
-    narrowed: int
-    frozen: bool
-
-
-class Host(nn.Module):
-    """Segments and a head; slot i takes the output of segment i."""
-
-    segments: nn.ModuleList
-
-    def __init__(self, spec: CnnHost, in_channels: int, resolution: int, num_classes: int) -> None:
+    def __init__(self, spec: CnnHost, shape: DataShape) -> None:
         super().__init__()
         blocks: list[ConvBlock] = []
         places: list[SlotPlace] = []
-        channels, size = in_channels, resolution
+        channels, size = shape.channels, shape.resolution
         narrowed = spec.narrowed or (0,) * spec.num_slots
         frozen = spec.frozen or (False,) * spec.num_slots
         for index, outputs in enumerate(spec.block_channels):
             kernel, pool = spec.kernels[index], spec.pools[index]
             blocks.append(ConvBlock(channels, outputs, kernel, pool, narrowed[index], frozen[index]))
             channels, size = outputs, size // pool
+            if size == 0:
+                raise SpecError(
+                    f"pools {list(spec.pools)} leave nothing of {shape.resolution}x{shape.resolution} images at block "
+                    f"{index}\n  pool less, or take larger images"
+                )
             places.append(
                 SlotPlace(
                     channels=channels,
@@ -96,20 +65,11 @@ class Host(nn.Module):
                 )
             )
         self.segments = nn.ModuleList(blocks)
-        self.head = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(channels, shape.num_classes)
         self.places = tuple(places)
         self.depth = len(blocks) + 1
 
-    def segment(self, index: int, h_BCHW: Tensor) -> Tensor:
-        """Return the output of one segment."""
-        return cast(Tensor, self.segments[index](h_BCHW))
-
-    def classify(self, h_BCHW: Tensor) -> Tensor:
-        """Return logits, float [B, classes], from the last segment's output."""
-        out: Tensor = self.head(h_BCHW.mean(dim=(2, 3)))
+    def classify(self, h: Tensor) -> Tensor:
+        """Return logits, float [B, classes], from the last segment's output, float [B, C, H, W]."""
+        out: Tensor = self.head(h.mean(dim=(2, 3)))
         return out
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters, trained or frozen."""
-    return sum(parameter.numel() for parameter in module.parameters())

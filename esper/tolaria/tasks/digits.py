@@ -1,59 +1,20 @@
-"""Task data in memory as tensors: training, validation (what controllers and rewards see) and test (reported only)."""
+"""The embedded task: scikit-learn's 8x8 digits, plain or placed at random on a noisy canvas."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from esper.kasmina.hosts import DataShape
 from esper.leyline.keys import numpy_generator
-from esper.leyline.specs import DigitsTask
+from esper.leyline.task_specs import DigitsTask
+from esper.tolaria.tasks.split import Split, TaskData, content_digest
 
 Images = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
-    """Inputs float32 [N, C, H, W] (channels last in memory) and labels int64 [N]."""
-
-    x_NCHW: Tensor
-    y_N: Tensor
-
-    def __len__(self) -> int:
-        return len(self.y_N)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TaskData:
-    """The three splits of a task."""
-
-    train: Split
-    val: Split
-    test: Split
-    num_classes: int
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of an input."""
-        return int(self.train.x_NCHW.shape[1])
-
-    @property
-    def resolution(self) -> int:
-        """Height and width of an input in pixels."""
-        return int(self.train.x_NCHW.shape[2])
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of guessing."""
-        return 1.0 / self.num_classes
-
-
-@lru_cache(maxsize=8)
-def load_task(task: DigitsTask) -> TaskData:
+def load_digits_task(task: DigitsTask) -> TaskData:
     """Return the data of a task; the same spec gives the same bytes."""
     from sklearn.datasets import load_digits
 
@@ -70,7 +31,16 @@ def load_task(task: DigitsTask) -> TaskData:
         start += count
     mean, deviation = float(raw[0][0].mean()), float(raw[0][0].std())
     train, val, test = (_split((x - mean) / deviation, y) for x, y in raw)
-    return TaskData(train=train, val=val, test=test, num_classes=10)
+    return TaskData(
+        train=train,
+        val=val,
+        val_epoch=val,
+        test=test,
+        shape=DataShape(kind="image", channels=1, resolution=task.canvas, num_classes=10),
+        source="scikit-learn's bundled 8x8 digits",
+        digest=content_digest(train, val, test),
+        chance=0.1,
+    )
 
 
 def _place(images: Images, task: DigitsTask, rng: np.random.Generator) -> Images:
@@ -87,4 +57,4 @@ def _place(images: Images, task: DigitsTask, rng: np.random.Generator) -> Images
 
 def _split(images: Images, labels: NDArray[np.int64]) -> Split:
     x = torch.from_numpy(np.ascontiguousarray(images[:, None]))
-    return Split(x_NCHW=x.contiguous(memory_format=torch.channels_last), y_N=torch.from_numpy(labels))
+    return Split(inputs=x.contiguous(memory_format=torch.channels_last), labels=torch.from_numpy(labels))

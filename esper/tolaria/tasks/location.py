@@ -1,0 +1,57 @@
+"""Where task data lie on this machine: the data folder, and the cache for what is downloaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from esper.leyline.errors import DataError
+
+DATA_VARIABLE = "ESPER_DATA"
+CACHE_VARIABLE = "ESPER_CACHE"
+
+
+def set_data_folder(path: str | Path | None) -> None:
+    """Make `path` the data folder of this process and of the processes that it starts; None leaves it as it is.
+
+    Raises:
+        DataError: There is no such folder.
+    """
+    if path is None:
+        return
+    os.environ[DATA_VARIABLE] = str(_checked(Path(path).expanduser(), "the data folder").resolve())
+
+
+def data_folder() -> Path | None:
+    """Return the data folder, None where none was named; DataError where the named one does not exist."""
+    named = os.environ.get(DATA_VARIABLE)
+    return _checked(Path(named).expanduser(), f"${DATA_VARIABLE}") if named else None
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads; it need not exist."""
+    named = os.environ.get(CACHE_VARIABLE)
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "esper"
+
+
+def locate(path: str) -> Path:
+    """Return an absolute path, or one below the data folder or the working directory, in this order.
+
+    Raises:
+        DataError: Nothing is there.
+    """
+    given = Path(path).expanduser()
+    folder = data_folder()
+    roots = [Path()] if folder is None else [folder, Path()]
+    candidates = [given] if given.is_absolute() else [root / given for root in roots]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    looked = ", ".join(str(candidate) for candidate in candidates)
+    raise DataError(f"task data {path!r} not found\n  looked for: {looked}\n  name the data folder in ${DATA_VARIABLE}")
+
+
+def _checked(folder: Path, what: str) -> Path:
+    if not folder.is_dir():
+        raise DataError(f"{what} {str(folder)!r} is not a folder\n  expected: the folder that holds the task data")
+    return folder
