@@ -122,29 +122,16 @@ def growth_arms(environment: EnvironmentSpec, wider_factor: float) -> list[PocAr
         environment: Data, host, optimiser and horizon; its learning-rate schedule is not used.
         wider_factor: Width factor whose host costs what the bigger network (one heavy seed) costs.
     """
-    life = published_life(environment.horizon)
-    heavy, mid = HEAVY[environment.host.topology], middle_slot(environment)
-    middle = environment.slot_names[mid]
+    drop = with_drop(environment, "drop", published_life(environment.horizon).drop_epoch)
+    return [*_fixed_networks(environment, drop, wider_factor), *_grown(environment, drop)]
+
+
+def _fixed_networks(environment: EnvironmentSpec, drop: EnvironmentSpec, wider_factor: float) -> list[PocArm]:
+    """The host, the wider host and the bigger network from scratch: nothing grows."""
+    heavy = HEAVY[environment.host.topology]
+    middle = environment.slot_names[middle_slot(environment)]
     constant = variant(environment, "constant", schedule="constant")
-    drop = with_drop(environment, "drop", life.drop_epoch)
-    frozen = with_drop(
-        environment, "published", life.drop_epoch, host_frozen_epochs=(life.birth_epoch, life.drop_epoch)
-    )
     bigger = f"{Root.ORDINARY.value}:{heavy}"
-    published = Plant(
-        slot=mid,
-        blueprint=heavy,
-        birth_epoch=life.birth_epoch,
-        blend=Blend.SIGMOID,
-        tempo_epochs=life.tempo_epochs,
-        dwell_epochs=life.dwell_epochs,
-        isolation="coadapt",
-    )
-    every = range(environment.host.num_slots)
-    span = (
-        f"{life.birth_epoch} epochs of host, {life.dwell_epochs} isolated with the host frozen, "
-        f"{life.tempo_epochs} blending (sigmoid), {environment.horizon - life.drop_epoch - life.tempo_epochs} fossil"
-    )
     return [
         PocArm(name="host", what="host alone, constant learning rate", environment=constant),
         PocArm(name="host-drop", what="host alone with the learning-rate drop of the grown one", environment=drop),
@@ -168,11 +155,20 @@ def growth_arms(environment: EnvironmentSpec, wider_factor: float) -> list[PocAr
             root=f"{Root.BIGGER.value}:{heavy}@{middle}",
         ),
         PocArm(
-            name="published",
-            what=f"the published schedule: {span}",
-            environment=frozen,
-            controller=FixedSchedule(name="published", plants=(published,)),
+            name="bigger-all-drop",
+            what=f"host with {heavy} in every slot from scratch, with the drop: the control of early-all",
+            environment=drop,
+            root=bigger,
         ),
+    ]
+
+
+def _grown(environment: EnvironmentSpec, drop: EnvironmentSpec) -> list[PocArm]:
+    """The published schedule, ours, and the heuristic."""
+    heavy, mid = HEAVY[environment.host.topology], middle_slot(environment)
+    middle, num_slots = environment.slot_names[mid], environment.host.num_slots
+    return [
+        _published_arm(environment),
         PocArm(
             name="early-mid",
             what=f"our schedule: {heavy} born in slot {middle} at epoch 0, blending co-adapting from epoch 1",
@@ -181,15 +177,9 @@ def growth_arms(environment: EnvironmentSpec, wider_factor: float) -> list[PocAr
         ),
         PocArm(
             name="early-all",
-            what=f"our schedule: {heavy} in every slot, born at epochs 0 to {environment.host.num_slots - 1}",
+            what=f"our schedule: {heavy} in every slot, born at epochs 0 to {num_slots - 1}",
             environment=drop,
-            controller=early_schedule(environment, every, "early-all"),
-        ),
-        PocArm(
-            name="bigger-all-drop",
-            what=f"host with {heavy} in every slot from scratch, with the drop: the control of early-all",
-            environment=drop,
-            root=bigger,
+            controller=early_schedule(environment, range(num_slots), "early-all"),
         ),
         PocArm(
             name="heuristic",
@@ -198,6 +188,31 @@ def growth_arms(environment: EnvironmentSpec, wider_factor: float) -> list[PocAr
             controller=HEURISTIC,
         ),
     ]
+
+
+def _published_arm(environment: EnvironmentSpec) -> PocArm:
+    """The published schedule: the host stands still while the seed is isolated."""
+    life = published_life(environment.horizon)
+    frozen = (life.birth_epoch, life.drop_epoch)
+    plant = Plant(
+        slot=middle_slot(environment),
+        blueprint=HEAVY[environment.host.topology],
+        birth_epoch=life.birth_epoch,
+        blend=Blend.SIGMOID,
+        tempo_epochs=life.tempo_epochs,
+        dwell_epochs=life.dwell_epochs,
+        isolation="coadapt",
+    )
+    span = (
+        f"{life.birth_epoch} epochs of host, {life.dwell_epochs} isolated with the host frozen, "
+        f"{life.tempo_epochs} blending (sigmoid), {environment.horizon - life.drop_epoch - life.tempo_epochs} fossil"
+    )
+    return PocArm(
+        name="published",
+        what=f"the published schedule: {span}",
+        environment=with_drop(environment, "published", life.drop_epoch, host_frozen_epochs=frozen),
+        controller=FixedSchedule(name="published", plants=(plant,)),
+    )
 
 
 GROWTH_REFERENCES = ("host-drop", "bigger-drop")

@@ -27,53 +27,65 @@ def sunk_cost_arms(environment: EnvironmentSpec, warm_epochs: int, further_epoch
     ratio = big / host
     continued_epochs = math.ceil(further_epochs * ratio - 1e-9)
     whole_epochs = math.ceil(warm_epochs / ratio - 1e-9) + further_epochs
-    heavy, mid = HEAVY[environment.host.topology], middle_slot(environment)
-    middle = environment.slot_names[mid]
-    bigger = f"{Root.ORDINARY.value}:{heavy}"
+    continued = PocArm(
+        name="continued",
+        what=f"the host goes on alone for {continued_epochs} epochs: the operations of grown, rounded up",
+        environment=_of(environment, "continued", warm_epochs, continued_epochs),
+    )
+    warm = _of(environment, "warm", warm_epochs, further_epochs)
+    fresh = _of(environment, "fresh", 0, further_epochs)
+    return [continued, *_warm_arms(warm), *_new_arms(fresh, _of(environment, "whole", 0, whole_epochs))]
 
-    def of(suffix: str, warm: int, horizon: int) -> EnvironmentSpec:
-        return variant(environment, suffix, schedule="step", warm_start_epochs=warm, horizon=horizon)
 
-    warm = of("warm", warm_epochs, further_epochs)
+def _of(environment: EnvironmentSpec, suffix: str, warm_epochs: int, horizon: int) -> EnvironmentSpec:
+    return variant(environment, suffix, schedule="step", warm_start_epochs=warm_epochs, horizon=horizon)
+
+
+def _warm_arms(warm: EnvironmentSpec) -> list[PocArm]:
+    """What can be done with the trained host in as many epochs."""
+    heavy, mid = HEAVY[warm.host.topology], middle_slot(warm)
     return [
         PocArm(
-            name="continued",
-            what=f"the host goes on alone for {continued_epochs} epochs: the operations of grown, rounded up",
-            environment=of("continued", warm_epochs, continued_epochs),
-        ),
-        PocArm(
             name="continued-same-epochs",
-            what=f"the host goes on alone for {further_epochs} epochs",
+            what=f"the host goes on alone for {warm.horizon} epochs",
             environment=warm,
         ),
         PocArm(
             name="grown",
-            what=f"{heavy} planted in every slot at once, then {further_epochs} epochs",
+            what=f"{heavy} planted in every slot at once, then {warm.horizon} epochs",
             environment=warm,
             root=f"{Root.GROWN.value}:{heavy}",
         ),
         PocArm(
             name="grown-by-actions",
-            what=f"{heavy} in slot {middle} alone: germinated, blended and committed in {further_epochs} epochs",
+            what=f"{heavy} in slot {warm.slot_names[mid]} alone: germinated, blended and committed in those epochs",
             environment=warm,
-            controller=early_schedule(environment, [mid], "early-mid"),
+            controller=early_schedule(warm, [mid], "early-mid"),
         ),
+    ]
+
+
+def _new_arms(fresh: EnvironmentSpec, whole: EnvironmentSpec) -> list[PocArm]:
+    """The bigger network from scratch, for the further operations and for all of them."""
+    heavy = HEAVY[fresh.host.topology]
+    bigger = f"{Root.ORDINARY.value}:{heavy}"
+    return [
         PocArm(
             name="new-bigger",
             what=f"host with {heavy} in every slot from scratch: the further operations alone",
-            environment=of("fresh", 0, further_epochs),
+            environment=fresh,
             root=bigger,
         ),
         PocArm(
             name="new-bigger-zero",
             what="the same, its additions zero at birth as a seed's are",
-            environment=of("fresh", 0, further_epochs),
+            environment=fresh,
             root=f"{Root.BIGGER.value}:{heavy}",
         ),
         PocArm(
             name="bigger-whole-bill",
-            what=f"new-bigger for {whole_epochs} epochs: the operations of the warm start too, rounded up",
-            environment=of("whole", 0, whole_epochs),
+            what=f"new-bigger for {whole.horizon} epochs: the operations of the warm start too, rounded up",
+            environment=whole,
             root=bigger,
         ),
     ]
