@@ -21,10 +21,10 @@ ARMS = [
     "bigger",
     "bigger-drop",
     "bigger-zero-drop",
+    "bigger-all-drop",
     "published",
     "early-mid",
     "early-all",
-    "bigger-all-drop",
     "heuristic",
 ]
 
