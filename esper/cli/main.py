@@ -31,7 +31,7 @@ def build_app() -> App:
     app = App(
         name="esper",
         help="Grow neural networks while they train: data, offline and online learning, comparison.",
-        version="0.1.0",
+        version="0.2.0",
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
