@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import Field
 
 from esper.karn.incubation_page import update_incubation_page
-from esper.leyline.poc import IncubationTable
+from esper.karn.poc_page import check_page
+from esper.leyline.poc import IncubationFile, IncubationTable
 from esper.simic.poc_arms import replicates
 from esper.simic.poc_incubation import (
     arm_results,
@@ -36,8 +37,9 @@ class IncubationRequest(RunOptions):
     out: str = "docs/results/incubation.md"
 
     def check(self) -> None:
-        """Raise where the environment is unknown, or the study does not fit it."""
+        """Raise where the environment is unknown, the study does not fit it, or the page cannot be written."""
         plan_incubation(sized_environment(self.task, self.sizes), 1)
+        check_page(Path(self.out), IncubationFile)
 
 
 def run_incubation(request: IncubationRequest, orchestrator: Orchestrator) -> IncubationTable:

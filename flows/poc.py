@@ -11,10 +11,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from esper.karn.poc_page import update_poc_page
+from esper.karn.poc_page import check_page, update_poc_page
 from esper.leyline.errors import unknown_name
 from esper.leyline.matrix import CohortPlan
-from esper.leyline.poc import PocTable, RunOrigin, Study
+from esper.leyline.poc import PocFile, PocTable, RunOrigin, Study
 from esper.leyline.spec_base import Spec
 from esper.leyline.specs import EnvironmentSpec
 from esper.simic.poc import poc_table
@@ -64,11 +64,12 @@ class PocRequest(RunOptions):
     out: str = "docs/results/poc.md"
 
     def check(self) -> None:
-        """Raise where an environment is unknown, a size does not fit it, or a life does not fit its horizon."""
+        """Raise where an environment is unknown, a size or a life does not fit it, or the page cannot be written."""
         for study in self.studies:
             environment = study.environment()
             if study.study == "growth":
                 published_life(environment.horizon)
+        check_page(Path(self.out), PocFile)
 
 
 @dataclass(frozen=True)

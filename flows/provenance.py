@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pydantic import JsonValue
 
 from esper.leyline.matrix import CohortPlan, MatrixSpec
+from esper.leyline.task_specs import TaskSpec
 
 PACKAGES = (
     *("esper", "torch", "torchvision", "numpy", "scipy", "scikit-learn", "pillow", "pyarrow", "deltalake", "duckdb"),
@@ -37,13 +38,26 @@ HOST_DATA: dict[str, dict[str, JsonValue]] = {
         "changes": "split by image and resized",
     },
     "tinystories": {
-        "name": "TinyStories, or stories that Esper's generator made (source `embedded`)",
+        "name": "TinyStories, or the stories in the file that the task names",
         "source": "R. Eldan and Y. Li, TinyStories, 2023, https://arxiv.org/abs/2305.07759",
-        "licence": "CDLA-Sharing-1.0; embedded stories: the licence of Esper",
+        "licence": "CDLA-Sharing-1.0; a file of one's own: not known to Esper",
+        "changes": "split by story into words and marks; rare words replaced",
+    },
+    "tinystories-embedded": {
+        "name": "generated stories, not TinyStories",
+        "source": "Esper's embedded grammar",
+        "licence": "MIT, as Esper",
         "changes": "split by story into words and marks; rare words replaced",
     },
 }
-"""Per kind of task: whose data the hosts are trained on."""
+"""Per kind of task, and for generated stories: whose data the hosts are trained on."""
+
+
+def host_data(tasks: Iterable[TaskSpec]) -> list[JsonValue]:
+    """Return whose data the tasks are made of, each named once."""
+    embedded = {"embedded": "tinystories-embedded"}
+    kinds = {embedded.get(getattr(task, "source", ""), task.kind) for task in tasks}
+    return [HOST_DATA[kind] for kind in sorted(kinds)]
 
 
 def _cpu_model() -> str:
@@ -77,7 +91,6 @@ def provenance(matrix: MatrixSpec, plans: Sequence[CohortPlan], measured: dict[s
     from esper.tolaria.runtime import code_commit
 
     environments = {plan.environment.name: plan.environment for plan in plans}
-    kinds = sorted({environment.task.kind for environment in environments.values()})
     return {
         "matrix": matrix.model_dump(mode="json"),
         "environments": {name: spec.model_dump(mode="json") for name, spec in environments.items()},
@@ -86,6 +99,6 @@ def provenance(matrix: MatrixSpec, plans: Sequence[CohortPlan], measured: dict[s
         "packages": {name: _package_version(name) for name in PACKAGES},
         "machine": machine(),
         "numerics": [*sorted({str(environment.numerics) for environment in environments.values()})],
-        "host_data": [HOST_DATA[kind] for kind in kinds],
+        "host_data": host_data(environment.task for environment in environments.values()),
         "host_epochs": measured,
     }

@@ -252,19 +252,7 @@ def _finish(run: _Run, plan: CohortPlan) -> dict[str, Any]:
     trunk.step = host.step
     final = host.final_accuracy("val", committed=True)
     control = trunk.final_accuracy("val", committed=True)
-    accuracy, growth = reward_components(
-        EpisodeColumns(
-            val_accuracy=np.array([row["val_accuracy"] for row in run.rows]),
-            control_val_accuracy=np.array([row["control_val_accuracy"] for row in run.rows]),
-            seed_params=np.array([float(row["seed_params"]) for row in run.rows]),
-            host_params=float(host_params(plan.environment)),
-            final_val_accuracy=final,
-            control_final_val_accuracy=control,
-            final_seed_params=float(host.committed_params()),
-        )
-    )
-    for row, points, doublings in zip(run.rows, accuracy, growth):
-        row |= {"reward_accuracy_points": float(points), "reward_growth_log2": float(doublings)}
+    _reward(run, plan, final, control)
     outcome = {
         "final_val_accuracy": final,
         "control_final_val_accuracy": control,
@@ -307,6 +295,22 @@ def _finish(run: _Run, plan: CohortPlan) -> dict[str, Any]:
         "code_commit": "synthetic",
         "created_at": dt.datetime(2026, 1, 1, tzinfo=dt.UTC),
     }
+
+
+def _reward(run: _Run, plan: CohortPlan, final: float, control: float) -> None:
+    accuracy, growth = reward_components(
+        EpisodeColumns(
+            val_accuracy=np.array([row["val_accuracy"] for row in run.rows]),
+            control_val_accuracy=np.array([row["control_val_accuracy"] for row in run.rows]),
+            seed_params=np.array([float(row["seed_params"]) for row in run.rows]),
+            host_params=float(host_params(plan.environment)),
+            final_val_accuracy=final,
+            control_final_val_accuracy=control,
+            final_seed_params=float(run.host.committed_params()),
+        )
+    )
+    for row, points, doublings in zip(run.rows, accuracy, growth):
+        row |= {"reward_accuracy_points": float(points), "reward_growth_log2": float(doublings)}
 
 
 def _cost_row(run: _Run, step: int, riders: Mapping[tuple[int, str], int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from esper.cli.launch import default_workers, launch
 from esper.cli.output import note_verdict
 
 if TYPE_CHECKING:
-    from flows.datagen import DatagenRequest, Generated
+    from flows.datagen import Generated
     from flows.planning import Estimate, Selection
 
 FAILED_QUERY = "select environment, env_seed, error from episodes where outcome = 'failed'"
@@ -67,7 +67,7 @@ def datagen(
         "esper datagen",
     )
     if dry_run:
-        _print_estimate(request, estimate_datagen(request))
+        _print_estimate(estimate_datagen(request))
         return
     _print_generated(launch("datagen", request, run_datagen, prefect=not no_prefect))
 
@@ -85,7 +85,7 @@ def _selection(
     )
 
 
-def _print_estimate(request: DatagenRequest, estimate: Estimate) -> None:
+def _print_estimate(estimate: Estimate) -> None:
     ratio = estimate.measured_ratio
     print(f"episodes                           {estimate.episodes:>10,}")
     if estimate.branches:
@@ -96,7 +96,7 @@ def _print_estimate(request: DatagenRequest, estimate: Estimate) -> None:
     print(f"alone / computed, newest run       {f'{ratio:.2f}' if ratio else 'not run yet':>10}")
     if ratio:
         print(f"host epochs at that ratio          {round(estimate.alone_epochs / ratio):>10,}")
-    print(f"nothing was run; to run it: esper datagen --matrix {request.matrix}")
+    print("nothing was run; the same command without --dry-run runs it")
 
 
 def _print_generated(result: Generated) -> None:

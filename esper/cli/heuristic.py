@@ -35,8 +35,8 @@ def heuristic(
     Args:
         task: Name of an environment (underscores are allowed), or a TOML file.
         episodes: Episodes, each on an environment seed of its own.
-        max_epochs: Most epochs of an episode (default: the environment's).
-        max_batches: Most training batches of an epoch (default: the environment's).
+        max_epochs: Most epochs of an episode; never more than the environment has, which is the default.
+        max_batches: Most training batches of an epoch; 0, the default, is as many as the environment has.
         device: `cpu`.
         seed: The first episode's replicate; the next episodes count on from it.
         slots: Slots that may be used, for example `early mid late` (default: the environment's, which is all).
@@ -56,7 +56,7 @@ def heuristic(
             "task": task,
             "episodes": episodes,
             "seed": seed,
-            "sizes": {"max_epochs": max_epochs, "max_batches": max_batches},
+            "sizes": {"max_epochs": max_epochs, "max_batches": max_batches or None},
             "slots": slots,
             "max_seeds": max_seeds,
             "gates": gates,

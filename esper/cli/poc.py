@@ -38,7 +38,7 @@ class Options:
         train_rows: Training rows, one pass over them an epoch, validation on a fifth as many (default: the
             environment's).
         resolution: Height and width of the images, pixels (default: the environment's).
-        max_epochs: Most epochs of an episode (default: the environment's).
+        max_epochs: Most epochs of an episode; never more than the environment has, which is the default.
         max_batches: Most training batches of an epoch (default: the environment's).
         learning_rate: The optimiser's, before its schedule (default: the environment's).
         store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).

@@ -6,6 +6,7 @@ the old one, the others stay.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from esper.karn.comparison_table import number
 from esper.leyline.comparison import Interval
-from esper.leyline.errors import SchemaError, StoreError
+from esper.leyline.errors import SchemaError, SpecError, StoreError
 from esper.leyline.poc import PocArmResult, PocFile, PocTable, RunOrigin, Study
 from esper.leyline.spec_base import Spec
 
@@ -75,6 +76,22 @@ def update_poc_page(page: Path, table: PocTable) -> PocFile:
     return file
 
 
+def check_page(page: Path, kind: type[Spec]) -> None:
+    """Raise where a page could not be written in the end: a study takes hours, its name is checked before.
+
+    Raises:
+        SpecError: It is no Markdown file.
+        SchemaError: The JSON file beside it is there and is not one of ours.
+        StoreError: Its folder cannot be made or written.
+    """
+    if page.suffix != ".md":
+        raise SpecError(f"--out {str(page)!r} is no Markdown file\n  expected: a path that ends in .md")
+    folder = next(parent for parent in (page.parent, *page.parent.parents) if os.path.lexists(parent))
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK) or page.is_dir():
+        raise StoreError(f"cannot write {page}\n  expected: a file in a folder that may be written; see --out")
+    read_raw(page, kind)
+
+
 def raw_path(page: Path) -> Path:
     """Return the JSON file that belongs to a page."""
     return page.with_suffix(".json")
@@ -91,10 +108,9 @@ def read_raw(page: Path, kind: type[File]) -> File:
         raise StoreError(f"cannot read {path}: {error.strerror}") from None
     try:
         return kind.model_validate_json(text)
-    except ValidationError as error:
+    except ValidationError:
         raise SchemaError(
-            f"{path} does not hold {kind.__name__} tables ({error.error_count()} errors)\n"
-            "  move it away or choose another page with --out"
+            f"{path} does not hold the raw values of such a page\n  move it away or choose another page with --out"
         ) from None
 
 

@@ -41,8 +41,7 @@ def build_gate(topology: Topology, channels: int) -> nn.Module:
     return Gate(topology, channels)
 
 
-def gate_params(topology: Topology, channels: int) -> int:
+def gate_params(channels: int) -> int:
     """Return how many parameters `build_gate` gives; the same for both topologies."""
-    del topology
     hidden = _hidden(channels)
     return (channels + 1) * hidden + hidden + 1

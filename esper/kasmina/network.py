@@ -67,8 +67,7 @@ class Network(nn.Module):
         """
         for norm in self._norms:
             norm.training = training
-        for layer in self._dropouts:
-            layer.generator = dropout
+        self.host.set_dropout(dropout)
 
     @contextmanager
     def batch_statistics(self) -> Iterator[None]:

@@ -81,5 +81,5 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> UnknownNameError
     names = sorted(known)
     close = nearest(name, names)
     hint = f"; did you mean {close!r}?" if close else ""
-    listing = ", ".join(names) if len(names) <= 24 else f"{len(names)} names, from {names[0]} to {names[-1]}"
+    listing = ", ".join(names) if len(names) <= 40 else f"{len(names)} names, from {names[0]} to {names[-1]}"
     return UnknownNameError(f"unknown {kind} {name!r}{hint}\n  known: {listing or 'none'}")

@@ -78,10 +78,9 @@ def load_environment(name: str) -> EnvironmentSpec:
     found = load_environments(name)
     if len(found) == 1:
         return found[0]
-    raise SpecError(
-        f"{name!r} is a family of {len(found)} environments\n"
-        f"  expected: one of them, {found[0].name!r} to {found[-1].name!r}"
-    )
+    members = [member.name for member in found]
+    listing = ", ".join(members) if len(members) <= 40 else f"{members[0]} to {members[-1]}"
+    raise SpecError(f"{name!r} is a family of {len(found)} environments\n  expected: one of them: {listing}")
 
 
 def load_environments(name: str) -> tuple[EnvironmentSpec, ...]:
@@ -91,7 +90,7 @@ def load_environments(name: str) -> tuple[EnvironmentSpec, ...]:
         UnknownNameError: There is no such environment and no such family; the error names the nearest.
         SpecError: A file is wrong.
     """
-    if name.endswith(".toml") and Path(name).is_file():
+    if name.endswith(".toml"):
         data = read_toml(Path(name))
         is_family = "environment" in data
         return FamilySpec.parse(data, name).environments() if is_family else (EnvironmentSpec.parse(data, name),)

@@ -81,7 +81,11 @@ def _models_in(annotations: Iterable[Any]) -> list[type[BaseModel]]:
 
 def _explain(model: type[BaseModel], error: ValidationError, source: str) -> str:
     lines = []
-    for item in error.errors():
+    found = error.errors()
+    for item in found:
+        depth = len(item["loc"])
+        if depth and any(len(other["loc"]) > depth and other["loc"][:depth] == item["loc"] for other in found):
+            continue  # what is wrong inside has made the whole wrong: "0 items after validation"
         where = ".".join(str(part) for part in item["loc"]) or "(top level)"
         if item["type"] == "extra_forbidden":
             known = _fields_at(model, item["loc"])

@@ -124,6 +124,8 @@ class EnvironmentSpec(Spec):
         if self.augment != "none" and self.task.kind not in ("cifar10", "images"):
             raise ValueError(f"augment {self.augment!r} is for photographs; task {self.task.kind!r} has none")
         unknown = [name for name in self.slots or () if name not in self.slot_names]
+        if self.slots is not None and len(set(self.slots)) != len(self.slots):
+            raise ValueError(f"slots {list(self.slots)} names one twice")
         if unknown or self.slots == ():
             raise ValueError(f"slots {list(self.slots or ())}: the host has {', '.join(self.slot_names)}")
         return self

@@ -42,7 +42,7 @@ def _start_lines(data: Mapping[str, JsonValue]) -> str:
     head = f"{'epoch':>5} {'val %':>6} {'control':>7} {'gain':>6}  {'action':<{_ACTION_WIDTH}}"
     return (
         f"episode {data['episode']}: {data['environment']}, replicate {data['replicate']}, "
-        f"host of {data['host_params']:,} parameters, {data['controller']}\n"
+        f"host of {data['host_params']:,} parameters, {data['controller']}; data: {data['data_source']}\n"
         f"{head} {' '.join(f'{slot:<{_SLOT_WIDTH}}' for slot in slots)}"
     )
 

@@ -12,10 +12,8 @@ from esper.leyline.errors import IntegrityError
 from esper.leyline.host_specs import CnnHost, ResNetHost
 from esper.leyline.poc import PocArmResult, PocTable, RunOrigin, Study
 from esper.leyline.specs import EnvironmentSpec
-from esper.simic.poc_arms import NO_REWARD, PocArm, replicates
+from esper.simic.poc_arms import PocArm, plan_arms, replicates
 from esper.simic.statistics import mean_interval, paired_interval
-
-__all__ = ["NO_REWARD", "StoredEpisode", "poc_table"]
 
 Floats = NDArray[np.float64]
 
@@ -65,8 +63,8 @@ def poc_table(
     return PocTable(
         study=study,
         environment=environment.name,
-        host=describe_host(environment),
-        data=describe_data(environment),
+        host=_describe_host(environment),
+        data=_describe_data(environment),
         clock=_clock(environment),
         replicates=tuple(replicates(num_seeds)),
         references=tuple(references),
@@ -77,8 +75,6 @@ def poc_table(
 
 
 def _episodes(arm: PocArm, num_seeds: int, episodes: Mapping[str, StoredEpisode]) -> list[StoredEpisode]:
-    from esper.simic.poc_arms import plan_arms
-
     rows = []
     for plan in plan_arms([arm], num_seeds):
         (episode_id,) = plan.episode_ids()
@@ -120,7 +116,7 @@ def _result(
     )
 
 
-def describe_host(environment: EnvironmentSpec) -> str:
+def _describe_host(environment: EnvironmentSpec) -> str:
     """Return an environment's host in words."""
     host = environment.host
     width = "" if host.width_factor == 1 else f", width x {host.width_factor:g}"
@@ -132,7 +128,7 @@ def describe_host(environment: EnvironmentSpec) -> str:
     return f"transformer of {host.layers} layers, {host.embed} wide{width}"
 
 
-def describe_data(environment: EnvironmentSpec) -> str:
+def _describe_data(environment: EnvironmentSpec) -> str:
     """Return an environment's data in words."""
     task = environment.task
     if task.kind == "digits":

@@ -78,22 +78,9 @@ def fine_tune(
     """
     chosen = load("recipes", "ppo", PpoRecipe) if recipe is None else recipe
     _check(settings, environments)
-    network, card = load_checkpoint(Path(start.path), start.digest)
+    network, first = load_checkpoint(Path(start.path), start.digest)
     tuner = _Tuner(network, chosen, settings, environments, seed)
-    card = PolicyCard(
-        name=name,
-        algorithm="ppo",
-        network=network.spec,
-        recipe={"settings": settings.model_dump(mode="json"), **chosen.model_dump(mode="json")},
-        rewards={env.name: reward.model_dump(mode="json") for env, reward in environments},
-        dataset=card.dataset,
-        dataset_digest=card.dataset_digest,
-        verdict=card.verdict,
-        unchecked=card.unchecked,
-        override_reason=card.override_reason,
-        start_digest=card.weights_sha256,
-        training_seed=seed,
-    )
+    card = _card(first, name, chosen, settings, environments, seed)
     metrics: dict[str, float] = {}
     for update in range(settings.updates):
         folder = out.with_name(f"{out.name}.updates") / f"{update:03d}"
@@ -106,6 +93,26 @@ def fine_tune(
             metrics = tuner.update(_steps(tables), update)
         on_log(metrics)
     return save_checkpoint(out, tuner.policy, card.model_copy(update={"metrics": metrics}))
+
+
+def _card(
+    start: PolicyCard, name: str, recipe: PpoRecipe, settings: PpoSettings, environments: Environments, seed: int
+) -> PolicyCard:
+    """The card of a policy that goes on from another one's: the same network, data and verdict."""
+    return PolicyCard(
+        name=name,
+        algorithm="ppo",
+        network=start.network,
+        recipe={"settings": settings.model_dump(mode="json"), **recipe.model_dump(mode="json")},
+        rewards={env.name: reward.model_dump(mode="json") for env, reward in environments},
+        dataset=start.dataset,
+        dataset_digest=start.dataset_digest,
+        verdict=start.verdict,
+        unchecked=start.unchecked,
+        override_reason=start.override_reason,
+        start_digest=start.weights_sha256,
+        training_seed=seed,
+    )
 
 
 def _check(settings: PpoSettings, environments: Environments) -> None:

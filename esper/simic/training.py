@@ -63,21 +63,14 @@ def train(
         SpecError: The recipe is of another algorithm, the data has nothing to learn from, or the reason says nothing.
         TrainingError: A loss is not finite.
     """
-    if algorithm not in RECIPES:
-        raise unknown_name("algorithm", algorithm, RECIPES)
-    chosen = load("recipes", algorithm, RECIPES[algorithm]) if recipe is None else recipe
-    if type(chosen) is not RECIPES[algorithm]:
-        raise SpecError(f"recipe {type(chosen).__name__} for {algorithm}\n  expected: {RECIPES[algorithm].__name__}")
+    chosen = _recipe(algorithm, recipe)
     level, override = admit(version, USES[algorithm], override_health, by=name or algorithm)
     transitions = load_transitions(version, chosen.network.view, rewards)
     held = held_out_rows(transitions)
     with single_thread():
         fitted = _fit(chosen, transitions.select(~held), transitions.select(held), seed, on_log)
-    counts = {
-        "training_rows": float((~held).sum()),
-        "held_out_rows": float(held.sum()),
-        "episodes_left_out": float(transitions.num_left_out),
-    }
+    counts = {"training_rows": float((~held).sum()), "held_out_rows": float(held.sum())}
+    counts["episodes_left_out"] = float(transitions.num_left_out)
     card = PolicyCard(
         name=name or algorithm,
         algorithm=algorithm,
@@ -93,6 +86,15 @@ def train(
         metrics=counts | fitted.metrics,
     )
     return save_checkpoint(out, fitted.network, card)
+
+
+def _recipe(algorithm: Algorithm, given: Recipe | None) -> Recipe:
+    if algorithm not in RECIPES:
+        raise unknown_name("algorithm", algorithm, RECIPES)
+    chosen = load("recipes", algorithm, RECIPES[algorithm]) if given is None else given
+    if type(chosen) is not RECIPES[algorithm]:
+        raise SpecError(f"recipe {type(chosen).__name__} for {algorithm}\n  expected: {RECIPES[algorithm].__name__}")
+    return chosen
 
 
 def _fit(recipe: Recipe, train_rows: Transitions, held_out: Transitions, seed: int, on_log: OnLog) -> Fitted:

@@ -1,7 +1,9 @@
 """Controllers that carry out plans whatever they observe: one fixed schedule, or a pool of them.
 
 One action a step, in this order: the GERMINATE that is due longest, ADVANCE, FOSSILIZE, else WAIT. A plant whose
-GERMINATE the state does not allow is passed over for this step; a seed that was pruned is not planted again.
+GERMINATE the state does not allow is passed over for this step; a seed that was pruned is not planted again. After a
+refusal the other of ADVANCE and FOSSILIZE comes first, and the slots take turns: a seed that a strict gate turns away
+for ever must not keep the others waiting.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from esper.leyline.actions import ACTION_WIDTH, NUM_OPS, OP_SLICE, Actions, Bool
 from esper.leyline.controller_specs import FixedSchedule, ScheduleSampler
 from esper.leyline.protocols import ActInputs, Carry, Decision, EpisodeStart
 from esper.leyline.tree import Floats
+from esper.tamiyo.completion import nth_allowed
 from esper.tamiyo.mixing import Proposal, draw_mixture, refuse_noise, start_noise
 from esper.tamiyo.plans import Plan, plant_row, pool_plan
 
@@ -65,10 +68,14 @@ def next_actions(inputs: ActInputs, carry: Carry, done_NP: Bools) -> tuple[Actio
     place = np.where(due, birth, NEVER).argmin(axis=1)
     plant = np.where(due.any(axis=1), place, -1).astype(np.int64)
     actions = np.zeros((num, ACTION_WIDTH), dtype=np.int8)
+    refused = inputs.columns["last_executed"] == 0
+    # two steps a turn: the ops alternate too, and each has to come to every slot
+    turn = np.where(refused, inputs.step_N // 2, 0)
     for op in (Op.FOSSILIZE, Op.ADVANCE):
-        able = mask[:, op]
+        gives_way = refused & (inputs.columns["last_op"] == op) & (actions[:, 0] != Op.WAIT)
+        able = mask[:, op] & ~gives_way
         actions[able, 0] = op
-        actions[able, 1] = mask[:, slot_slice(op)].argmax(axis=1)[able]
+        actions[able, 1] = nth_allowed(mask[:, slot_slice(op)], turn)[able]
     germinate = plant >= 0
     actions[germinate] = rows[index[germinate], plant[germinate]]
     return actions, plant

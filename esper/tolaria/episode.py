@@ -45,7 +45,7 @@ class Rider:
         if slot.stage not in INCUBATING_STAGES:
             return self.lineage.seeds[index].num_params
         place = self.lineage.network.host.places[index]
-        gate = gate_params(self.lineage.spec.host.topology, place.channels) if slot.blend_kind is Blend.GATED else 0
+        gate = gate_params(place.channels) if slot.blend_kind is Blend.GATED else 0
         return self.lineage.incubations[slot.seed].num_params + gate
 
     def num_fossils(self) -> int:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from esper.leyline.specs import EnvironmentSpec
 from esper.tolaria.augment import augment
-from esper.tolaria.gradients import GradientWatch, finite_or_nan, weight_change
+from esper.tolaria.gradients import GradientWatch, weight_change
 from esper.tolaria.incubation import learns_in, linearised, own_pass, step_seed, unseeded_loss
 from esper.tolaria.lineage import EpochMetrics, Lineage, SeedMeasures
-from esper.tolaria.probes import batch_loss, validate
+from esper.tolaria.probes import batch_loss, finite_or_nan, validate
 from esper.tolaria.runtime import torch_generator
 from esper.tolaria.tasks import TaskData
 

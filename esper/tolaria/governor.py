@@ -272,7 +272,6 @@ def _roll_back(lineage: Lineage, good: GoodState, data: TaskData) -> None:
     lineage.num_rollbacks += 1
     lineage.lr_scale /= 2
     lineage.non_finite = False
-    lineage.host_weight_change = lineage.removal_cost_all = NAN
     metrics = EpochMetrics()
     validate(lineage, data, metrics)
     _replace_last(lineage, metrics)
@@ -280,6 +279,7 @@ def _roll_back(lineage: Lineage, good: GoodState, data: TaskData) -> None:
 
 def _replace_last(lineage: Lineage, metrics: EpochMetrics) -> None:
     """Put other metrics in the place of the last epoch's; the plateau is counted anew from the whole history."""
+    lineage.host_weight_change = lineage.removal_cost_all = NAN
     history, lineage.history, lineage.plateau_epochs = lineage.history[:-1], [], 0
     for earlier in (*history, metrics):
         lineage.record(earlier)

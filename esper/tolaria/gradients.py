@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esper.kasmina.lifecycle import SeedKey
 from esper.tolaria.lineage import Incubation, Lineage, SeedMeasures
-from esper.tolaria.probes import measure_weights
+from esper.tolaria.probes import finite_or_nan, measure_weights
 
 VANISHING_NORM = 1e-7
 EXPLODING_NORM = 10.0
@@ -139,8 +139,3 @@ def weight_change(before: Sequence[Tensor], now: Sequence[Tensor]) -> float:
     moved = torch.nn.utils.get_total_norm([new.detach() - old for new, old in zip(now, before)], foreach=True)
     start = torch.nn.utils.get_total_norm(list(before), foreach=True)
     return finite_or_nan(float(moved / start))
-
-
-def finite_or_nan(value: float) -> float:
-    """Return the value, or NaN for an infinite one: unmeasured, never a wild number."""
-    return value if math.isfinite(value) else math.nan

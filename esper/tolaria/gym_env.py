@@ -1,6 +1,7 @@
 """Thin Gymnasium adaptors of the cohort: one episode (`GrowthEnv`), or the episodes of a cohort (`GrowthVectorEnv`).
 
-Observations are view v4, actions the eight columns of the tree, rewards those of a reward spec. The action mask is in
+Observations are view v4, actions the eight columns of the tree, rewards those of a reward spec (left out, the one that
+ships for the environment, or for its family, or the plain one). The action mask is in
 `info["action_mask"]`; an invalid action becomes WAIT and `info["executed"]` is false. The epoch budget is a
 termination, never a truncation.
 """
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from esper.leyline.actions import LEVER_SIZES, MAX_SLOTS, NUM_OPS, canonicalise
 from esper.leyline.identity import SELECTION_START, Root, env_seed
-from esper.leyline.library import load, load_environment
+from esper.leyline.library import load, load_environment, load_reward_of
 from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.rewards import EpisodeColumns, RewardSpec, combine, reward_components
 from esper.leyline.specs import EnvironmentSpec
@@ -32,8 +33,10 @@ _VAL = FEATURE_COLUMNS.index("val_accuracy")
 _SEED_PARAMS = FEATURE_COLUMNS.index("seed_params")
 
 
-def _specs(environment: str | EnvironmentSpec, reward: str | RewardSpec) -> tuple[EnvironmentSpec, RewardSpec]:
+def _specs(environment: str | EnvironmentSpec, reward: str | RewardSpec | None) -> tuple[EnvironmentSpec, RewardSpec]:
     env = load_environment(environment) if isinstance(environment, str) else environment
+    if reward is None:
+        return env, load_reward_of(env.name)
     return env, load("rewards", reward, RewardSpec) if isinstance(reward, str) else reward
 
 
@@ -107,7 +110,7 @@ class GrowthEnv(gymnasium.Env[Floats, NDArray[np.int64]]):  # type: ignore[misc]
 
     metadata: ClassVar[dict[str, list[str]]] = {"render_modes": []}
 
-    def __init__(self, environment: str | EnvironmentSpec = "digits-gap", reward: str | RewardSpec = "digits-gap"):
+    def __init__(self, environment: str | EnvironmentSpec = "digits-gap", reward: str | RewardSpec | None = None):
         self._session = _Session(*_specs(environment, reward), num_episodes=1)
         self.observation_space, self.action_space = _spaces()
 
@@ -135,7 +138,7 @@ class GrowthVectorEnv(gymnasium.vector.VectorEnv[Floats, NDArray[np.int64], NDAr
         self,
         num_envs: int = 1,
         environment: str | EnvironmentSpec = "digits-gap",
-        reward: str | RewardSpec = "digits-gap",
+        reward: str | RewardSpec | None = None,
     ) -> None:
         self.num_envs = num_envs
         self._session = _Session(*_specs(environment, reward), num_episodes=num_envs)

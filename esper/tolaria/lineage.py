@@ -16,6 +16,7 @@ from esper.kasmina.hosts import build_host, count_parameters
 from esper.kasmina.lifecycle import SeedKey, SlotState
 from esper.kasmina.network import Graft, Network
 from esper.leyline.actions import SEED_LR_FACTORS, Blend
+from esper.leyline.observations import CONTRIBUTION_PERCENTS
 from esper.leyline.specs import EnvironmentSpec
 from esper.tolaria.runtime import keyed_initialisation, lay_out
 from esper.tolaria.tasks import TaskData
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 NAN = float("nan")
 
-MILESTONES = (0.25, 0.5, 0.75, 1.0)
+MILESTONES = tuple(percent / 100 for percent in CONTRIBUTION_PERCENTS)
 """Shares of alpha at which a blended seed's removal cost is kept."""
 
 
@@ -126,11 +127,6 @@ class Lineage:
         self.cpu_s = 0.0
         self.outcome: Outcome | None = None
 
-    @property
-    def blended_params(self) -> int:
-        """Parameters of the seeds that the host knows."""
-        return sum(seed.num_params for seed in self.seeds.values())
-
     def fork(self, host_key: str, keep: set[SeedKey]) -> Lineage:
         """Return a copy under a new key, with the incubations in `keep`."""
         incubations, self.incubations = self.incubations, {k: v for k, v in self.incubations.items() if k in keep}
@@ -192,9 +188,12 @@ class Lineage:
                 group["lr_factor"] = 1.0
 
     def remove(self, slot: int) -> None:
-        """Take a blended seed out of the host."""
+        """Take a blended seed out of the host; what was measured of it together with others counts no longer."""
         graft = self.network.grafts.pop(slot)
         del self.seeds[slot]
+        self.removal_cost_all = NAN
+        for seed in self.seeds.values():
+            seed.measures.interaction_sum = NAN
         members = {id(parameter) for parameter in graft.parameters()}
         self.optimiser.param_groups = [
             group for group in self.optimiser.param_groups if id(group["params"][0]) not in members

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from esper.kasmina.blending import alpha_at
 from esper.kasmina.gating import gate_params
 from esper.kasmina.lifecycle import SlotState
 from esper.leyline.actions import MAX_SLOTS
@@ -40,7 +41,7 @@ def lever_rules(spec: EnvironmentSpec, costs: HostCosts) -> LeverRules:
     topology = spec.host.topology
     for slot, place in enumerate(costs.places):
         table[slot] = [blueprint_costs(topology, b, place.channels, place.resolution).num_params for b in range(8)]
-        gates[slot] = gate_params(topology, place.channels)
+        gates[slot] = gate_params(place.channels)
     return LeverRules.of(spec, table, gates)
 
 
@@ -169,8 +170,7 @@ def _seed_features(rider: Rider, index: int, state: SlotState, step: int) -> dic
         features["improvement_since_stage"] = 100 * (accuracy - state.stage_start_accuracy)
     if blended:
         features["alpha"] = lineage.network.grafts[index].alpha
-        rising = state.stage is Stage.BLENDING and state.epochs_in_stage < state.tempo_epochs
-        features["blending_velocity"] = 1 / state.tempo_epochs if rising else 0.0
+        features["blending_velocity"] = _alpha_rise(state)
         features["gradient_through_seed"] = measures.gradient_through_seed
         for percent, points in zip(CONTRIBUTION_PERCENTS, measures.contributions):
             features[f"contribution_{percent}"] = points
@@ -186,3 +186,11 @@ def _seed_features(rider: Rider, index: int, state: SlotState, step: int) -> dic
         trained = state.epochs_in_stage if state.stage is Stage.TRAINING else 0
         features["g2_headroom"] = trained - state.dwell_epochs
     return features
+
+
+def _alpha_rise(state: SlotState) -> float:
+    """What the last epoch added to alpha; 0 once it is full."""
+    epochs, total = state.epochs_in_stage, state.tempo_epochs
+    if state.stage is not Stage.BLENDING or epochs >= total:
+        return 0.0
+    return alpha_at(state.blend_kind, epochs, total) - alpha_at(state.blend_kind, epochs - 1, total)

@@ -63,8 +63,7 @@ class Tally:
 
     def mean_loss(self) -> float:
         """Return nats per answer; NaN where it is not finite."""
-        value = float(self.loss) / self.count
-        return value if math.isfinite(value) else math.nan
+        return finite_or_nan(float(self.loss) / self.count)
 
     def accuracy(self) -> float:
         """Return the fraction of correct answers."""
@@ -165,8 +164,12 @@ def _shadow_probes(lineage: Lineage, split: Split, incubations: Sequence[Incubat
 
 def measure_weights(parameters: Sequence[Tensor]) -> float:
     """Return the L2 norm of all weights; NaN where it is not finite."""
-    norm = float(torch.stack([p.detach().norm() for p in parameters]).norm())
-    return norm if math.isfinite(norm) else math.nan
+    return finite_or_nan(float(torch.stack([p.detach().norm() for p in parameters]).norm()))
+
+
+def finite_or_nan(value: float) -> float:
+    """Return the value, or NaN for an infinite one: unmeasured, never a wild number."""
+    return value if math.isfinite(value) else math.nan
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from esper.kasmina.blueprints.cnn import ZeroScale
+from esper.kasmina.blueprints.transformer import Norm as TextNorm
 from esper.kasmina.lifecycle import SeedKey, SlotState
 from esper.leyline.actions import SEED_LR_FACTORS
 from esper.leyline.errors import SpecError, unknown_name
@@ -100,5 +101,7 @@ def _without_zeros(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, ZeroScale):
             part.weight.fill_(1.0)
+        elif isinstance(part, TextNorm):
+            part.scale.fill_(1.0)
         elif isinstance(part, nn.Conv2d | nn.Conv1d | nn.Linear) and not part.weight.any():
             part.reset_parameters()

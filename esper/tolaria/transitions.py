@@ -13,9 +13,9 @@ from esper.kasmina.gates import GateReport, gate_g1, gate_g2, gate_g3, gate_g5
 from esper.kasmina.gating import gate_params
 from esper.kasmina.lifecycle import NOT_STARTED, SeedKey
 from esper.leyline.actions import BLENDS, WAIT_ROW, Blend, Bools, Op
-from esper.leyline.identity import extend_host_key
+from esper.leyline.identity import Root, extend_host_key
 from esper.leyline.specs import EnvironmentSpec
-from esper.leyline.stages import BLENDED_STAGES, LIVE_STAGES, Stage
+from esper.leyline.stages import BLENDED_STAGES, Stage
 from esper.tolaria.cost import HostCosts, blueprint_costs
 from esper.tolaria.episode import Rider
 from esper.tolaria.lineage import Lineage, SeedMeasures
@@ -119,14 +119,17 @@ def _gate(flock: Flock, rider: Rider, row: NDArray[np.integer]) -> GateReport:
 def _ask_g1(flock: Flock, rider: Rider, index: int, blueprint: int, params_so_far: int) -> GateReport:
     """Ask whether a blueprint may train in a slot; a seed that waits there is among `params_so_far`."""
     slot, budget = rider.slots[index], flock.spec.param_budget
-    place = flock.costs[rider.root].places[index]
+    host = flock.costs[rider.root]
+    place = host.places[index]
     costs = blueprint_costs(flock.spec.host.topology, blueprint, place.channels, place.resolution)
-    total = params_so_far + (costs.num_params if slot.stage is Stage.DORMANT else 0)
+    # Another width counts as it does in the rows, and so in the masks: against the environment's own host.
+    wider = host.num_params - flock.costs[Root.HOST].num_params
+    total = params_so_far + wider + (costs.num_params if slot.stage is Stage.DORMANT else 0)
     return gate_g1(slot, shape_kept=costs.keeps_shape, within_budget=budget is None or total <= budget)
 
 
 def _gate_params(flock: Flock, rider: Rider, index: int) -> int:
-    return gate_params(flock.spec.host.topology, flock.costs[rider.root].places[index].channels)
+    return gate_params(flock.costs[rider.root].places[index].channels)
 
 
 def _event(flock: Flock, rider: Rider, row: NDArray[np.integer]) -> Event | None:
@@ -209,15 +212,6 @@ def drop_unused(flock: Flock) -> None:
     flock.lineages = {lineage.host_key: lineage for lineage in known if lineage.host_key in needed}
     for key, lineage in flock.lineages.items():
         lineage.incubations = {s: v for s, v in lineage.incubations.items() if s in needed[key]}
-
-
-def prune_all_live(flock: Flock, rider: Rider) -> None:
-    """Prune every live seed of a rider whose lineage has taken them out of the host already, as a rollback does.
-
-    The lineage keeps its place and key; incubations that nobody needs any more are forgotten.
-    """
-    rider.slots = [lifecycle.prune(slot) if slot.stage in LIVE_STAGES else slot for slot in rider.slots]
-    drop_unused(flock)
 
 
 def expire_holding(flock: Flock) -> None:

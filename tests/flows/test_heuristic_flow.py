@@ -47,6 +47,7 @@ def test_every_epoch_is_a_line_and_an_event_and_every_episode_has_an_end(tmp_pat
     lines = capsys.readouterr().out.splitlines()
     assert sum(bool(re.match(r" +\d+ ", line)) for line in lines) == 2 * 15
     assert sum("paired gain" in line for line in lines) == 2 + 1
+    assert sum(line.endswith("; data: scikit-learn's bundled 8x8 digits") for line in lines) == 2
     found = events(tmp_path / "t.jsonl")
     assert [data["replicate"] for data in of(EventKind.EPISODE_STARTED, found)] == [7, 8]
     assert [data["epoch"] for data in of(EventKind.EPISODE_EPOCH, found)] == [*range(15), *range(15)]
@@ -147,6 +148,12 @@ def test_a_telemetry_file_that_cannot_be_written_is_a_clear_error(tmp_path, caps
     (tmp_path / "file").touch()
     assert main([*RUN, "--telemetry", "file/t.jsonl"]) == 1
     assert "cannot write events" in capsys.readouterr().err
+
+
+def test_no_batches_at_most_means_all_of_the_environments(tmp_path):
+    assert main([*RUN, "--max-epochs", "2", "--max-batches", "0", "--telemetry", "t.jsonl"]) == 0
+    (started,) = of(EventKind.EPISODE_STARTED, events(tmp_path / "t.jsonl"))
+    assert started["environment_id"] == sized_environment("tiny", Sizes(max_epochs=2)).spec_id
 
 
 def test_slots_and_max_seeds_reach_the_environment(tmp_path):

@@ -136,7 +136,9 @@ def test_incubation_writes_gains_correlations_and_costs(tmp_path, library):
 )
 def test_a_wrong_name_or_size_exits_with_2_before_anything_is_written(arguments, hint, capsys, tmp_path):
     assert main(["poc", *arguments]) == 2
-    assert hint in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert hint in said
+    assert "after validation" not in said
     assert not (tmp_path / "docs").exists()
     assert not (tmp_path / "datasets" / "local").exists()
 
@@ -155,6 +157,19 @@ def test_a_page_whose_json_is_something_else_is_left_alone(tmp_path, capsys):
     assert main([*GROWTH, "--out", "poc.md"]) == 4
     assert "move it away" in capsys.readouterr().err
     assert json.loads((tmp_path / "poc.json").read_text()) == {"tables": [{"study": "growth"}]}
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("study", ["growth", "incubation"])
+@pytest.mark.parametrize(("out", "code"), [(".", 2), ("page.json", 2), ("a-file/page.md", 1), ("folder.md", 1)])
+def test_a_page_that_cannot_be_written_is_said_before_anything_runs(study, out, code, tmp_path, capsys, library):
+    environment = library / "environments" / "tiny.toml"
+    environment.write_text(environment.read_text().replace("horizon = 6", "horizon = 11"))
+    (tmp_path / "a-file").touch()
+    (tmp_path / "folder.md").mkdir()
+    assert main(["poc", study, *GROWTH[2:], "--out", out]) == code
+    assert out in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("command", [["poc", "--help"], ["poc", "growth", "--help"], ["heuristic", "--help"]])

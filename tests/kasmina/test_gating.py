@@ -29,11 +29,11 @@ def test_a_gate_is_one_number_between_zero_and_one_per_image_or_token(topology, 
 @pytest.mark.parametrize("channels", [1, 4, 8, 33, 64, 512])
 @pytest.mark.parametrize("topology", ["cnn", "transformer"])
 def test_the_number_of_parameters_is_the_modules(topology, channels):
-    assert gate_params(topology, channels) == sum(p.numel() for p in built(topology, channels).parameters())
+    assert gate_params(channels) == sum(p.numel() for p in built(topology, channels).parameters())
 
 
 def test_the_published_gate_has_1057_parameters_at_64_channels():
-    assert gate_params("cnn", 64) == 1057
+    assert gate_params(64) == 1057
 
 
 def test_the_gate_of_an_image_reads_the_mean_over_its_pixels_alone():

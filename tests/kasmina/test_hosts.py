@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from esper.kasmina.hosts import DataShape, KeyedDropout, SlotPlace, build_host, 
 from esper.kasmina.network import Network
 from esper.kasmina.torchvision_shim import import_torchvision
 from esper.leyline.errors import SpecError
-from esper.leyline.host_specs import CnnHost, ResNetHost, TransformerHost
+from esper.leyline.host_specs import CnnHost, ResNetHost, TransformerHost, slot_names
+from esper.leyline.library import load_environment
 from esper.tolaria.runtime import MIN_CHANNELS_LAST, keyed_initialisation, lay_out, single_thread
 
 CIFAR = DataShape(kind="image", channels=3, resolution=32, num_classes=10)
@@ -75,6 +77,55 @@ def test_parameter_counts_are_the_published_ones(name):
     with torch.device("meta"):
         host = build_host(spec, STORIES if spec.topology == "transformer" else CIFAR)
     assert count_parameters(host) == num_params
+
+
+SHIPPED = {
+    **dict.fromkeys(("baseline", "fast-lr", "slow-lr", "adam", "small-batch", "large-batch"), 373_834),
+    "wide": 1_484_938,
+    "deep": 558_538,
+    "resnet18": 11_173_962,
+    **dict.fromkeys(("resnet34", "resnet34-adam", "resnet34-slow", "resnet34-small-batch"), 21_282_122),
+    "cifar10": 94_762,
+    "cifar10-deep": 99_922,
+    **dict.fromkeys(("cifar-baseline", "cifar16-real", "cifar32-real"), 6_418),
+    "cifar-impaired": 77,
+    "cifar-minimal": 164,
+    "cifar16-gap": 494,
+    "tinystories": 30_044_544,
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_hosts_of_the_environments_that_ship_have_the_published_sizes(name):
+    environment = load_environment(name)
+    resolution = getattr(environment.task, "resolution", None)
+    shape = STORIES if resolution is None else dataclasses.replace(CIFAR, resolution=resolution)
+    if shape is STORIES:
+        assert (environment.task.context, environment.task.vocabulary) == (shape.resolution, shape.num_classes)
+    with torch.device("meta"):
+        assert count_parameters(build_host(environment.host, shape)) == SHIPPED[name]
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        (cnn((4,), (1,)), ("early",)),
+        (cnn((4, 4), (1, 1)), ("early", "late")),
+        (cnn((4, 8, 16)), ("early", "mid", "late")),
+        (THIN_RESNET, ("early", "slot1", "mid", "late")),
+        (cnn((4,) * 5, (1, 2, 1, 2, 1)), ("early", "slot1", "mid", "slot3", "late")),
+        (TINY_DECODER, ("early", "mid", "late")),
+        (TINY_DECODER.model_copy(update={"slots": 6}), ("early", "slot1", "slot2", "mid", "slot4", "late")),
+    ],
+)
+def test_every_host_has_an_early_and_a_late_slot_and_with_three_or_more_a_mid_one(spec, names):
+    assert slot_names(spec.num_slots) == names
+    assert len(host_of(spec, SHORT_TEXT if spec.topology == "transformer" else SMALL_IMAGES).places) == len(names)
+
+
+def test_layers_that_do_not_divide_into_the_slots_are_refused():
+    with pytest.raises(SpecError, match="6 layers do not divide into 4 slots"):
+        TransformerHost.parse({"slots": 4})
 
 
 def test_torchvision_is_imported_only_where_a_host_or_a_task_needs_it():

@@ -89,6 +89,16 @@ def test_a_missing_key_is_named():
         ({"isolations": []}, "must not be empty"),
         ({"momentum": 1.0}, "momentum"),
         ({"horizon": 0}, "horizon"),
+        ({"schedule": "drops"}, "'drops' with 0 lr_drops"),
+        ({"lr_drops": [[3, 0.1]]}, "'step' with 1 lr_drops"),
+        ({"schedule": "drops", "lr_drops": [[3, 0.1], [3, 0.1]]}, "must rise"),
+        ({"host_frozen_epochs": [4, 4]}, "a first epoch and a later end"),
+        ({"isolations": ["isolated"]}, "default_isolation 'coadapt' is not among"),
+        ({"slots": ["early", "middle"]}, "the host has early, mid, late"),
+        ({"slots": []}, "the host has early, mid, late"),
+        ({"augment": "crop-flip"}, "is for photographs"),
+        ({"host": {"kind": "transformer"}}, "a transformer host cannot learn task 'digits'"),
+        ({"task": {"kind": "tinystories"}}, "a cnn host cannot learn task 'tinystories'"),
         ({"name": "Big Name"}, "name"),
     ],
 )
@@ -254,4 +264,4 @@ def test_an_unknown_name_says_what_is_known():
     error = unknown_name("view", "v5", ["v1", "v3", "v4"])
     assert str(error) == "unknown view 'v5'; did you mean 'v4'?\n  known: v1, v3, v4"
     assert nearest("zzz", ["v1"]) is None
-    assert "30 names, from n00 to n29" in str(unknown_name("x", "q", [f"n{i:02}" for i in range(30)]))
+    assert "50 names, from n00 to n49" in str(unknown_name("x", "q", [f"n{i:02}" for i in range(50)]))

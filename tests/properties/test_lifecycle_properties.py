@@ -92,7 +92,7 @@ class Life:
     step: int = 0
     slots: list[SlotState] = field(default_factory=lambda: [SlotState()] * NUM_SLOTS)
     sizes = np.array([[8, 16, 32, 64, 90, 150, 300, 600]] * MAX_SLOTS)
-    gates = np.array([gate_params("cnn", 4)] * MAX_SLOTS)
+    gates = np.array([gate_params(4)] * MAX_SLOTS)
 
     def params(self) -> int:
         """Parameters of all seeds and gates."""

@@ -139,7 +139,26 @@ def test_an_ordinary_root_is_the_bigger_network_without_a_zero_at_birth():
     assert all((bodies[1].state_dict()[name] == value).all() for name, value in same.items())
     assert (bodies[1].scale.weight == 1).all()
     assert all(graft.module[-1].weight.any() for graft in bottleneck.network.grafts.values())
-    assert ordinary.blended_params == bigger.blended_params
+    assert ordinary.seeds[1].num_params == bigger.seeds[1].num_params
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "task": {"kind": "tinystories", "context": 6, "vocabulary": 40, "rows": (16, 16, 16)},
+            "host": {"kind": "transformer", "layers": 3, "heads": 2, "embed": 8},
+        },
+    ],
+    ids=["cnn", "transformer"],
+)
+def test_no_blueprint_of_an_ordinary_root_is_the_identity_at_birth(changes):
+    environment = tiny_environment(**changes)
+    cohort = Cohort(environment, 5, [f"ordinary:{blueprint}@mid" for blueprint in environment.blueprints])
+    cohort.reset()
+    bare = cohort.trunk.history[-1].val_loss
+    assert [rider.root for rider in cohort.riders if rider.lineage.history[-1].val_loss == bare] == []
 
 
 @pytest.mark.parametrize(

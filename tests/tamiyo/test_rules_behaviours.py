@@ -306,7 +306,11 @@ def test_a_rotation_that_no_host_has_is_refused():
         Heuristic.parse({"name": "odd", "blueprints": ["gated_mpl"]})
 
 
-@pytest.mark.parametrize("env", [environment(), text_environment(ask_at_every_gate=True)], ids=["cnn", "text"])
+@pytest.mark.parametrize(
+    "env",
+    [environment(), environment(5), text_environment(ask_at_every_gate=True)],
+    ids=["three slots", "five slots", "text"],
+)
 @pytest.mark.parametrize("name", sorted(ELEVEN_BEHAVIOURS))
 def test_explored_episodes_keep_to_the_lifecycle(name, env):
     # run_block checks every action against its mask, the scripted world every transition against the one table

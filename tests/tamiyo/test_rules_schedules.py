@@ -75,6 +75,30 @@ def test_a_germination_that_somebody_else_overruled_is_tried_again():
     assert controller.act(observe([world]), decision.carry).actions_NA[0, 0] == Op.GERMINATE
 
 
+class Barred(World):
+    """A world in which a strict gate turns the seeds of some slots away for ever."""
+
+    bars = frozenset()
+
+    def apply(self, row: np.ndarray) -> None:
+        self.script.refuses = lambda op: (op, int(row[1])) in self.bars
+        super().apply(row)
+
+
+@pytest.mark.parametrize(
+    "bars", [{(Op.ADVANCE, 0)}, {(Op.FOSSILIZE, 0)}, {(Op.ADVANCE, 0), (Op.FOSSILIZE, 1)}, {(Op.ADVANCE, 1)}]
+)
+def test_a_seed_that_a_gate_turns_away_for_ever_keeps_no_other_waiting(bars):
+    world = Barred(environment(num_slots=4))
+    world.bars = frozenset(bars)
+    plan = schedule(*(Plant(slot=slot, blueprint="norm") for slot in range(4)))
+    actions, _ = run_block(build_controller(plan), [world], [episode(world.env)], horizon=40)
+    stuck = {slot for _, slot in bars}
+    assert {slot for slot, stage in enumerate(world.stage[:4]) if stage is not Stage.FOSSILIZED} == stuck
+    tried = {(Op(int(row[0])), int(row[1])) for row in actions[:, 0]}
+    assert bars <= tried, "a refusal is no verdict for good: it is asked again"
+
+
 def test_isolation_by_topology_is_the_environments_default():
     plant = Plant(slot=0, blueprint="norm")
     for isolation in Isolation:

@@ -147,7 +147,7 @@ def test_a_gated_blend_costs_its_gate_too():
     plain, _ = lineage_epoch_flops(grown_lineage(GAP, Blend.LINEAR), environment_costs(GAP))
     gated, _ = lineage_epoch_flops(grown_lineage(GAP, Blend.GATED), environment_costs(GAP))
     hidden = 8
-    assert gate_params("cnn", 4) == 5 * hidden + hidden + 1
+    assert gate_params(4) == 5 * hidden + hidden + 1
     assert gated - plain == 3 * GAP.batch_size * GAP.batches_per_epoch * 2 * (4 * hidden + hidden)
 
 

@@ -17,6 +17,7 @@ from esper.leyline.controller_specs import FixedSchedule, NeverAct, Plant, behav
 from esper.leyline.identity import extend_host_key
 from esper.leyline.library import load
 from esper.leyline.matrix import PlannedEpisode
+from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.plans import COMPLETE
 from esper.leyline.specs import EnvironmentSpec
 from esper.leyline.stages import LIVE_STAGES, Stage
@@ -109,6 +110,24 @@ def test_a_host_that_breaks_a_third_time_has_diverged_and_ends_at_chance():
     last = tables["steps"].to_pylist()[-1]
     assert (last["val_loss"], last["train_loss"]) == (None, None)
     assert last["val_accuracy"] == np.float32(run.cohort.data.chance)
+
+
+class Explodes(Breaks):
+    """Reports an exploding loss of chosen epochs, with everything else finite."""
+
+    def run_epoch(self, lineages, data, env_seed, epoch):
+        SerialExecutor.run_epoch(self, lineages, data, env_seed, epoch)
+        if epoch in self.epochs:
+            for lineage in lineages:
+                lineage.history[-1].train_loss = 1e6
+
+
+def test_nothing_measured_of_a_broken_host_is_shown_whether_it_was_rolled_back_or_given_up():
+    cohort = Cohort(tiny_environment(horizon=6), 11, ["host"], Explodes(1, 2, 4))
+    seen = list(drive(cohort, [[]]))
+    change = [observation.matrix[0, FEATURE_COLUMNS.index("host_weight_change")] for observation in seen[:5]]
+    assert cohort.riders[0].diverged
+    assert [math.isnan(value) for value in change] == [False, True, True, False, True]
 
 
 def assert_no_row_holds_a_number_that_is_not_finite(steps: pa.Table) -> None:

@@ -10,8 +10,10 @@ from gymnasium.utils.env_checker import check_env
 
 from esper.leyline.actions import Action, Op
 from esper.leyline.controller_specs import FixedSchedule, Plant
+from esper.leyline.library import load_reward_of
 from esper.leyline.matrix import PlannedEpisode
 from esper.leyline.rewards import combine
+from esper.tolaria.gym_env import GrowthEnv, GrowthVectorEnv
 from esper.tolaria.rollout import run_cohort
 
 NAME = "esper.tolaria.gym_registration:esper/Growth-v0"
@@ -22,6 +24,15 @@ def test_gymnasiums_own_checker_accepts_the_environment():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         check_env(env.unwrapped)
+
+
+@pytest.mark.parametrize(
+    ("environment", "reward"), [("cifar16-real", "cifar16-real"), ("digits-mix-k333-narrow1", "digits-mix")]
+)
+def test_the_reward_that_is_left_out_is_the_environments_own(environment, reward):
+    for env in (GrowthEnv(environment), GrowthVectorEnv(2, environment)):
+        assert env._session.reward == load_reward_of(environment)
+        assert env._session.reward.name == reward
 
 
 def test_an_invalid_action_becomes_wait_and_says_so():

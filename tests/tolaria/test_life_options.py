@@ -11,12 +11,12 @@ import torch
 from engine_specs import tiny_environment
 
 from esper.kasmina.gating import gate_params
-from esper.leyline.actions import WAIT_ROW, Action, Blend, Op, slot_slice
+from esper.leyline.actions import WAIT_ROW, Action, Blend, Op, lever_slice, slot_slice
 from esper.leyline.gate_thresholds import G2_MIN_GRADIENT_RATIO, G2_MIN_IMPROVEMENT_POINTS, G5_MIN_REMOVAL_COST_POINTS
+from esper.leyline.observations import FEATURE_COLUMNS
 from esper.leyline.stages import Stage
 from esper.tolaria import lineage as lineages
 from esper.tolaria.cohort import Cohort
-from esper.tolaria.transitions import prune_all_live
 
 LIGHT, HEAVY = 6, 7
 
@@ -154,6 +154,20 @@ def test_patience_is_the_number_of_decisions_for_which_a_seed_is_held(patience, 
     assert drive.cohort.riders[0].lineage.network.grafts == {}
 
 
+def test_what_an_expired_seed_was_measured_together_with_is_unmeasured_until_the_next_epoch():
+    life = [germinate(0), germinate(1), act(Op.ADVANCE, 0), act(Op.ADVANCE, 1), WAIT_ROW, WAIT_ROW]
+    drive = Drive(life[:5], holding_patience=1, probe_pairs=True, horizon=14)
+
+    def seen(name: str) -> bool:
+        return not math.isnan(drive.observation.matrix[0, FEATURE_COLUMNS.index(name)])
+
+    measured = []
+    for _ in range(3):
+        measured.append((seen("removal_cost_all"), seen("s1_interaction_sum"), seen("s1_removal_cost")))
+        drive.step(WAIT_ROW)
+    assert measured == [(True, True, True), (False, False, True), (False, False, False)]
+
+
 def test_seeds_germinate_in_the_named_slots_alone():
     names = tiny_environment().slot_names
     drive = Drive([germinate(0)], [germinate(2)], slots=(names[2],))
@@ -193,18 +207,18 @@ def test_a_strict_g5_asks_what_the_seed_is_worth():
 
 def test_a_gated_blend_counts_its_gate_from_germination_on():
     drive = Drive([germinate(blend=Blend.GATED)], [germinate()])
-    gate = gate_params("cnn", 4)
+    gate = gate_params(4)
     rider, plain = drive.cohort.riders
     assert rider.seed_params() == plain.seed_params() + gate
     before = rider.seed_params()
     drive.step(ADVANCE, WAIT_ROW)
-    assert rider.seed_params() == before == rider.lineage.blended_params
+    assert rider.seed_params() == before == rider.lineage.seeds[0].num_params
 
 
 @pytest.mark.parametrize("fits", [True, False])
 def test_the_budget_counts_seeds_with_their_gates_and_is_never_exceeded(fits):
     heavy = Drive([germinate(0, HEAVY)]).cohort.riders[0].seed_params()
-    budget = heavy + gate_params("cnn", 4) - (not fits)
+    budget = heavy + gate_params(4) - (not fits)
     drive = Drive([germinate(0, HEAVY, blend=Blend.GATED)], [germinate(0, HEAVY)], param_budget=budget)
     assert drive.refused == [[None if fits else "mask:invalid_action"], [None]]
     assert drive.cohort.riders[0].seed_params() == (budget if fits else 0)
@@ -212,19 +226,15 @@ def test_the_budget_counts_seeds_with_their_gates_and_is_never_exceeded(fits):
     assert drive.germinable(1) == [1, 2]
 
 
-def test_pruning_all_live_seeds_leaves_fossils_the_lineage_and_other_riders_alone():
-    life = [germinate(), ADVANCE, WAIT_ROW, WAIT_ROW, FOSSILIZE, germinate(1), germinate(2)]
-    drive = Drive(life, [WAIT_ROW] * 5 + [germinate(1)])
-    flock = drive.cohort._flock
-    rider, other = flock.riders
-    others, lineage = list(other.slots), rider.lineage
-    prune_all_live(flock, rider)
-    assert [slot.stage for slot in rider.slots] == [Stage.FOSSILIZED, Stage.PRUNED, Stage.PRUNED]
-    assert rider.lineage is lineage
-    assert not lineage.incubations
-    assert other.slots == others
-    assert set(flock.lineages) == {lineage.host_key, flock.trunk_key}
-    assert list(flock.trunk.incubations) == other.incubating()
+@pytest.mark.parametrize("root", ["wider:0.5", "host", "wider:1.25"])
+def test_gate_and_mask_agree_on_the_budget_of_a_root_of_another_width(root):
+    cohort = Cohort(tiny_environment(param_budget=100, horizon=1), 11, [root] * 8)
+    observation = cohort.reset()
+    allowed = observation.mask_KT[0, lever_slice(2, 0)]
+    _, applied = cohort.step(np.stack([germinate(2, blueprint) for blueprint in range(8)]), observation)
+    assert applied.executed_K.tolist() == allowed.tolist()
+    assert set(applied.refused_by) <= {None, "mask:invalid_action"}
+    assert allowed.any() == (root != "wider:1.25")
 
 
 def test_an_invalid_action_leaves_every_byte_of_the_cohort_as_waiting_does():

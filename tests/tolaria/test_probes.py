@@ -12,7 +12,7 @@ from engine_specs import plan_of, tiny_environment
 
 from esper.kasmina.hosts import DataShape, build_host
 from esper.kasmina.network import Network
-from esper.leyline.actions import WAIT_ROW, Action, Op
+from esper.leyline.actions import WAIT_ROW, Action, Blend, Op
 from esper.leyline.controller_specs import FixedSchedule, NeverAct, Plant
 from esper.leyline.host_specs import TransformerHost
 from esper.leyline.matrix import PlannedEpisode
@@ -20,9 +20,9 @@ from esper.leyline.observations import CONTRIBUTION_PERCENTS
 from esper.leyline.stages import Stage
 from esper.tolaria.cohort import Cohort
 from esper.tolaria.interactions import shapley_values, subset_accuracies
-from esper.tolaria.lineage import MILESTONES, EpochMetrics, Lineage
+from esper.tolaria.lineage import EpochMetrics, Lineage
 from esper.tolaria.observe import as_columns
-from esper.tolaria.probes import Tally, batch_loss, chunks, score, switched_off, validate
+from esper.tolaria.probes import CHUNK_ANSWERS, Tally, batch_loss, chunks, score, switched_off, validate
 from esper.tolaria.rollout import CohortRun
 from esper.tolaria.tasks import Split
 
@@ -39,7 +39,7 @@ def act(op: Op, slot: int) -> np.ndarray:
 
 def cohort_after(script: list[np.ndarray], epochs: int, **changes: object) -> tuple[Cohort, list[dict]]:
     """One episode; returns the cohort and what was observed after every epoch."""
-    cohort = Cohort(tiny_environment(blends=("linear",), **{"horizon": 12, **changes}), 3, ["host"])
+    cohort = Cohort(tiny_environment(**{"blends": ("linear",), "horizon": 12, **changes}), 3, ["host"])
     observation = cohort.reset()
     seen = [as_columns(observation.matrix)]
     for step in range(epochs):
@@ -129,7 +129,6 @@ def test_pairs_are_unmeasured_where_nobody_asks_or_there_is_one_seed():
 
 
 def test_the_contribution_at_each_milestone_is_the_removal_cost_of_the_first_epoch_that_reaches_it():
-    assert tuple(100 * share for share in MILESTONES) == CONTRIBUTION_PERCENTS
     script = [born(0, tempo_epochs=5), WAIT_ROW, WAIT_ROW, WAIT_ROW, act(Op.ADVANCE, 0)]
     _, seen = cohort_after(script, 11, learning_rate=0.3)
     alphas = [float(columns["s0_alpha"][0]) for columns in seen]
@@ -148,6 +147,30 @@ def test_a_seed_that_was_committed_keeps_its_contributions_and_loses_what_is_no_
     assert last["s0_stage"] == Stage.FOSSILIZED
     assert np.isfinite([last[f"s0_contribution_{percent}"] for percent in CONTRIBUTION_PERCENTS]).all()
     assert np.isnan([last["s0_removal_cost"], last["s0_interaction_sum"], last["removal_cost_all"]]).all()
+
+
+def test_the_blending_velocity_of_a_sigmoid_is_the_rise_of_its_alpha():
+    script = [born(0, blend=Blend.SIGMOID, tempo_epochs=5), WAIT_ROW, WAIT_ROW, act(Op.ADVANCE, 0)]
+    _, seen = cohort_after(script, 10, blends=("linear", "sigmoid-1"))
+    alpha, velocity = (np.array([c[f"s0_{name}"][0] for c in seen]) for name in ("alpha", "blending_velocity"))
+    assert velocity[5:8] == pytest.approx(np.diff(alpha)[4:7], abs=1e-6)
+    assert len({*velocity[5:8].round(3)}) > 1
+
+
+def test_what_a_lever_does_is_told_while_it_does_it_and_is_null_elsewhere():
+    script = [born(0, dwell_epochs=2, tempo_epochs=5), WAIT_ROW, WAIT_ROW, act(Op.ADVANCE, 0)]
+    cohort, seen = cohort_after(script, 10)
+
+    def told(name: str) -> list[float]:
+        return [float(columns[f"s0_{name}"][0]) for columns in seen]
+
+    nothing = [math.nan]
+    assert told("g2_headroom") == pytest.approx([*nothing, -1, 0, 1, *nothing * 7], nan_ok=True)
+    assert told("blending_velocity") == pytest.approx([*nothing * 4, *[0.2] * 4, 0, 0, 0], nan_ok=True)
+    weights = torch.cat([p.detach().flatten() for p in lineage_of(cohort).network.grafts[0].module.parameters()])
+    assert told("weight_norm")[-1] == pytest.approx(float(weights.double().norm()), rel=1e-5)
+    assert math.isnan(told("weight_norm")[0])
+    assert len({*told("weight_norm")[1:]}) == 10, "the weights must move for this to say anything"
 
 
 def test_a_seed_that_waits_at_its_first_gate_is_not_probed():
@@ -227,6 +250,14 @@ def test_an_episode_whose_host_was_rolled_back_says_so_and_a_trunk_that_was_is_n
     run.cohort.riders[1].diverged = True
     outcomes = {row["controller"]: row["outcome"] for row in run.recorder.tables("test")["episodes"].to_pylist()}
     assert outcomes == {"all": "completed", "never-act": "diverged"}
+
+
+def test_a_last_chunk_of_one_row_is_probed_where_images_have_shrunk_to_one_pixel():
+    task = {"kind": "digits", "sources": (60, CHUNK_ANSWERS + 1, 20)}
+    host = {"kind": "cnn", "channels": (4, 4, 4, 4), "kernels": (3, 1, 1, 1), "pools": (2, 2, 2, 1)}
+    _, (_, row) = cohort_after([born(0)], 1, task=task, host=host, horizon=2, batches_per_epoch=1)
+    assert np.isfinite(row["s0_val_loss_drop"]).all()
+    assert row["s3_resolution"].tolist() == [1]
 
 
 def test_a_loss_that_is_not_finite_leaves_every_probe_unmeasured():

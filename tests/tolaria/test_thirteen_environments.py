@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from image_files import write_cifar
 
-from esper.leyline.controller_specs import FixedSchedule, NeverAct, Plant
+from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS, FixedSchedule, NeverAct, Plant
 from esper.leyline.library import load_environment, load_reward_of
 from esper.leyline.matrix import CohortPlan, MatrixSpec, PlannedEpisode
 from esper.leyline.plans import expand
@@ -83,6 +83,25 @@ def test_it_runs_two_epochs_with_and_without_a_seed(name, monkeypatch, photograp
     assert sorted(decided.op.value_counts().items()) == [("ADVANCE", 1), ("GERMINATE", 1), ("WAIT", 2)]
     assert np.isfinite(steps.val_loss.astype(float)).all()
     assert set(episodes.data_source) == {"CIFAR-10 (PNG Parquet)"}
+
+
+@pytest.mark.parametrize(("name", "num_slots"), [("resnet18", 4), ("deep", 5)])
+def test_the_eleven_behaviours_run_on_hosts_with_more_than_three_slots(name, num_slots, monkeypatch, photographs):
+    monkeypatch.setenv("ESPER_DATA", str(photographs))
+    environment = small(name, horizon=8, batches_per_epoch=1)
+    assert environment.host.num_slots == num_slots
+    episodes = tuple(
+        PlannedEpisode(controller=controller, epsilon=1.0 if label == "random" else 0.2)
+        for label, controller in ELEVEN_BEHAVIOURS.items()
+    )
+    plan = CohortPlan(environment=environment, reward=load_reward_of(name), replicate=0, episodes=episodes)
+    tables = run_cohort(plan)
+    rows, steps = tables["episodes"].to_pandas(), tables["steps"].to_pandas()
+    assert set(rows.controller) == set(ELEVEN_BEHAVIOURS)
+    assert set(rows.outcome) == {"completed"}
+    born = steps[steps.op == "GERMINATE"]
+    assert born.behaviour_logp.between(-30, 0).all()
+    assert born.action_slot.max() >= 3, "slots beyond the third must be used for this to say anything"
 
 
 def test_the_story_preset_runs_and_every_episode_says_that_its_stories_are_generated():

@@ -107,7 +107,7 @@ def check_end(topology: Topology, life: Life, rider: Rider) -> None:
     assert rider.slots[SLOT].stage is Stage.FOSSILIZED
     assert graft.fossil
     assert rider.outcome.num_fossils == 1
-    assert rider.outcome.seed_params == params + (gate_params(topology, channels) if blend is Blend.GATED else 0)
+    assert rider.outcome.seed_params == params + (gate_params(channels) if blend is Blend.GATED else 0)
     assert 0 <= rider.outcome.final_val_accuracy <= 1
     with torch.no_grad():
         shape = (2, channels, 6, 6) if topology == "cnn" else (2, 12, channels)

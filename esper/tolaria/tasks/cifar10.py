@@ -119,7 +119,8 @@ def _downloaded() -> Path:
             f"CIFAR-10 is not on this machine and its download failed: {error}\n"
             f"  looked for: {' and '.join(FILES)} in {data_folder() or f'the folder of ${DATA_VARIABLE} (not set)'}, "
             f"torchvision's files in {folder}\n"
-            f"  either name a folder with the two Parquet files in ${DATA_VARIABLE}, or run once with a network"
+            f"  either name a folder with the two Parquet files in ${DATA_VARIABLE} or with --data, "
+            "or run once with a network"
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from esper.leyline.errors import DataError
 
@@ -48,8 +48,14 @@ def decode_image(data: bytes, where: str, resolution: int, *, resize: bool) -> t
         return np.asarray(rgb), file_format
     except DataError:
         raise
+    except UnidentifiedImageError:  # its own message holds an address, another one in every run
+        raise DataError(
+            f"{where}: cannot be read as an image\n  expected: {', '.join(FORMATS)}; replace or remove it"
+        ) from None
     except Image.DecompressionBombError:
-        raise DataError(f"{where}: the image is too large\n  expected: at most {MAX_PIXELS:,} pixels") from None
+        raise DataError(
+            f"{where}: the image is too large\n  expected: at most {MAX_PIXELS:,} pixels in all; scale it down"
+        ) from None
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         raise DataError(
             f"{where}: cannot be read as an image ({type(error).__name__}: {error})\n"

@@ -48,7 +48,10 @@ def locate(path: str) -> Path:
         if candidate.exists():
             return candidate
     looked = ", ".join(str(candidate) for candidate in candidates)
-    raise DataError(f"task data {path!r} not found\n  looked for: {looked}\n  name the data folder in ${DATA_VARIABLE}")
+    raise DataError(
+        f"task data {path!r} not found\n  looked for: {looked}\n"
+        f"  name the data folder in ${DATA_VARIABLE} or with --data"
+    )
 
 
 def _checked(folder: Path, what: str) -> Path:
