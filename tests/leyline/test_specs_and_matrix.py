@@ -96,6 +96,7 @@ def test_a_missing_key_is_named():
         ({"isolations": ["isolated"]}, "default_isolation 'coadapt' is not among"),
         ({"slots": ["early", "middle"]}, "the host has early, mid, late"),
         ({"slots": []}, "the host has early, mid, late"),
+        ({"slots": ["early", "early"]}, "names one twice"),
         ({"augment": "crop-flip"}, "is for photographs"),
         ({"host": {"kind": "transformer"}}, "a transformer host cannot learn task 'digits'"),
         ({"task": {"kind": "tinystories"}}, "a cnn host cannot learn task 'tinystories'"),
