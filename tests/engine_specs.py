@@ -9,6 +9,23 @@ from esper.leyline.matrix import CohortPlan, PlannedEpisode
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.specs import EnvironmentSpec
 
+THIRTEEN = [
+    "baseline",
+    "fast-lr",
+    "slow-lr",
+    "wide",
+    "deep",
+    "adam",
+    "small-batch",
+    "large-batch",
+    "resnet18",
+    "resnet34",
+    "resnet34-adam",
+    "resnet34-slow",
+    "resnet34-small-batch",
+]
+"""The environments of the published matrix."""
+
 REWARD = load("rewards", "digits-gap", RewardSpec)
 
 

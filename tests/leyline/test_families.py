@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from engine_specs import THIRTEEN
 
 from esper.leyline.errors import SpecError, UnknownNameError
 from esper.leyline.families import FamilySpec
@@ -18,22 +19,6 @@ from esper.leyline.library import (
 from esper.leyline.matrix import MatrixSpec
 from esper.leyline.plans import expand
 from esper.leyline.specs import EnvironmentSpec
-
-THIRTEEN = [
-    "baseline",
-    "fast-lr",
-    "slow-lr",
-    "wide",
-    "deep",
-    "adam",
-    "small-batch",
-    "large-batch",
-    "resnet18",
-    "resnet34",
-    "resnet34-adam",
-    "resnet34-slow",
-    "resnet34-small-batch",
-]
 
 
 def family(**changes):

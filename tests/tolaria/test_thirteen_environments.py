@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from engine_specs import THIRTEEN
 from image_files import write_cifar
 
 from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS, FixedSchedule, NeverAct, Plant
@@ -12,21 +13,6 @@ from esper.leyline.matrix import CohortPlan, MatrixSpec, PlannedEpisode
 from esper.leyline.plans import expand
 from esper.tolaria.rollout import run_cohort
 
-THIRTEEN = [
-    "baseline",
-    "fast-lr",
-    "slow-lr",
-    "wide",
-    "deep",
-    "adam",
-    "small-batch",
-    "large-batch",
-    "resnet18",
-    "resnet34",
-    "resnet34-adam",
-    "resnet34-slow",
-    "resnet34-small-batch",
-]
 PRESETS = [
     "cifar10",
     "cifar10-deep",
