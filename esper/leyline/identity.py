@@ -12,7 +12,7 @@ from enum import StrEnum
 from esper.leyline.errors import SpecError
 from esper.leyline.keys import derive_seed, hex_digest
 
-ENGINE_VERSION = "2"
+ENGINE_VERSION = "3"
 """Raised when a golden digest changes: it is part of every episode's identity."""
 
 SELECTION_START = 100_000

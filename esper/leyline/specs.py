@@ -38,6 +38,9 @@ __all__ = [
 
 Positive = Annotated[int, Field(gt=0)]
 
+Numerics = Literal["cpu-fp32", "cuda-fp32", "cuda-tf32", "cuda-bf16"]
+"""The kind of device and the precision of matrix products and convolutions; CPU float32 alone is bit-reproducible."""
+
 
 class EnvironmentSpec(Spec):
     """A task, a host, an optimiser, a clock and the options of growth. Its id names an environment's data.
@@ -56,6 +59,8 @@ class EnvironmentSpec(Spec):
         default_isolation: Of controllers that do not choose; left out, by topology (CNN isolated, transformer not).
         probe_pairs: Measure the interaction of every pair of live blended seeds each epoch.
         probe_shapley: Measure the Shapley value of every blended seed at the end of an episode (at most four seeds).
+        numerics: On which kind of device it runs and how precisely; other numerics are another environment, on the
+            same environment seeds.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
@@ -90,7 +95,7 @@ class EnvironmentSpec(Spec):
     dwells: tuple[int, ...] = DWELL_EPOCHS
     isolations: tuple[Isolation, ...] = ISOLATIONS
     seed_lr_factors: tuple[float, ...] = SEED_LR_FACTORS
-    numerics: Literal["cpu-fp32"] = "cpu-fp32"
+    numerics: Numerics = "cpu-fp32"
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -33,6 +33,7 @@ from esper.tolaria.executor import Executor
 from esper.tolaria.governor import GoodState, Intervention, Panic
 from esper.tolaria.lineage import BlendedSeed, EpochMetrics, Outcome, SeedMeasures
 from esper.tolaria.recorder import Decisions, Moment
+from esper.tolaria.runtime import slot_device
 from esper.tolaria.step_costs import StepCosts
 from esper.tolaria.transitions import Applied
 
@@ -144,7 +145,7 @@ def load_cohort(folder: Path, executor: Executor | None = None) -> Cohort:
 def load_run(folder: Path, executor: Executor | None = None) -> tuple[Cohort, dict[str, Any]]:
     """Return the cohort that a folder holds and what was stored beside it; raises as `load_cohort` does."""
     card = _read_card(folder)
-    unpacker = Unpacker(VOCABULARY, _read_tensors(folder, card))
+    unpacker = Unpacker(VOCABULARY, _read_tensors(folder, card), slot_device())
     state = card["state"]
     spec = EnvironmentSpec.parse(state["spec"], str(folder / CARD))
     cohort = Cohort(spec, state["env_seed"], state["roots"], executor, state["keep_snapshots"])

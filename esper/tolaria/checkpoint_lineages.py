@@ -144,7 +144,7 @@ def _unpack_graft(stored: Json, unpacker: Unpacker, lineage: Lineage, key: SeedK
 
 
 def _pack_incubation(incubation: Incubation, packer: Packer) -> Json:
-    names = [f.name for f in dataclasses.fields(incubation) if f.name not in ("module", "optimiser")]
+    names = [f.name for f in dataclasses.fields(incubation) if f.name not in ("module", "optimiser", "weights")]
     weights = {id(weight): name for name, weight in incubation.module.named_parameters()}
     return {
         "fields": {name: packer.pack(getattr(incubation, name)) for name in names},

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from esper.leyline.errors import IntegrityError
 from esper.leyline.keys import hex_digest
+from esper.tolaria.runtime import CPU
 
 Json = Any
 """A JSON value. A mapping in it always carries the key `$`, which says what it stands for."""
@@ -78,7 +79,8 @@ class Packer:
                 return {"$": "strings", "items": value.tolist(), "dtype": value.dtype.str}
             return {"$": "array", "name": self._store(torch.from_numpy(np.array(value, order="C")))}
         if isinstance(value, Tensor):
-            return {"$": "tensor", "name": self._store(value), "strides": list(value.stride())}
+            moved = {} if value.device.type == "cpu" else {"on_slot": True}
+            return {"$": "tensor", "name": self._store(value), "strides": list(value.stride()), **moved}
         fields = {f.name: self.pack(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"$": "record", "type": self._named(type(value), self._vocabulary.records), "fields": fields}
 
@@ -121,9 +123,13 @@ class Packer:
 
 
 class Unpacker:
-    """Turns the JSON of a `Packer` and its tensors into values again."""
+    """Turns the JSON of a `Packer` and its tensors into values again.
 
-    def __init__(self, vocabulary: Vocabulary, tensors: Mapping[str, Tensor]) -> None:
+    What lay on a GPU comes back to the GPU of the process that reads it, whichever that is.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, tensors: Mapping[str, Tensor], device: torch.device = CPU) -> None:
+        self._device = device
         self._vocabulary = vocabulary
         self._tensors = tensors
         self._made: dict[str, Tensor] = {}
@@ -157,7 +163,8 @@ class Unpacker:
         made = self._made.get(value["name"])
         if made is None:
             stored = self._tensors[value["name"]]
-            made = torch.empty_strided(stored.shape, value["strides"], dtype=stored.dtype).copy_(stored)
+            device = self._device if value.get("on_slot") else CPU
+            made = torch.empty_strided(stored.shape, value["strides"], dtype=stored.dtype, device=device).copy_(stored)
             self._made[value["name"]] = made
         return made
 

@@ -27,7 +27,7 @@ from esper.tolaria.lineage import Lineage, Outcome
 from esper.tolaria.observe import Matrix, as_columns, lever_rules, observe
 from esper.tolaria.outcome import diverged_outcome, final_outcome
 from esper.tolaria.roots import open_root, root_environment
-from esper.tolaria.runtime import single_thread
+from esper.tolaria.runtime import declared_numerics, keep_freed_memory, single_thread, slot_device
 from esper.tolaria.step_costs import count_costs, no_costs
 from esper.tolaria.tasks import TaskData, load_task
 from esper.tolaria.transitions import Applied, Flock, apply_actions, expire_holding
@@ -72,10 +72,12 @@ class Cohort:
         keep_snapshots: bool = False,
     ) -> None:
         single_thread()
+        keep_freed_memory()
         self.spec = spec
         self.env_seed = env_seed
         self.roots = tuple(roots)
-        self.data: TaskData = load_task(spec.task)
+        self.device = slot_device()
+        self.data: TaskData = load_task(spec.task, self.device)
         self.costs: dict[str, HostCosts] = {root: self._root_costs(root) for root in {*roots, Root.HOST.value}}
         self.executor = executor or SerialExecutor()
         self.keep_snapshots = keep_snapshots
@@ -137,6 +139,10 @@ class Cohort:
 
     def reset(self) -> Observation:
         """Initialise and validate every root; return observation 0."""
+        with declared_numerics(self.spec.numerics, self.device):
+            return self._reset()
+
+    def _reset(self) -> Observation:
         lineages: dict[str, Lineage] = {}
         opened = {}
         for root in dict.fromkeys((Root.HOST.value, *self.roots)):
@@ -179,6 +185,10 @@ class Cohort:
         """
         if self.done:
             raise LifecycleError(f"step {self.step_index} is past the horizon of {self.spec.horizon}\n  call reset()")
+        with declared_numerics(self.spec.numerics, self.device):
+            return self._step(actions_KA, observation)
+
+    def _step(self, actions_KA: NDArray[np.integer], observation: Observation) -> tuple[Observation, Applied]:
         valid = is_valid(actions_KA, observation.mask_KT)
         known = set(self._flock.lineages)
         applied = apply_actions(self._flock, actions_KA, valid)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from esper.leyline.specs import EnvironmentSpec
-from esper.tolaria.augment import augment
+from esper.tolaria.augment import draw_shifts, shifted
 from esper.tolaria.gradients import GradientWatch, weight_change
-from esper.tolaria.incubation import learns_in, linearised, own_pass, step_seed, unseeded_loss
+from esper.tolaria.incubation import clip_gradient, learns_in, linearised, own_pass, step_seed, unseeded_loss
 from esper.tolaria.lineage import EpochMetrics, Lineage, SeedMeasures
 from esper.tolaria.probes import batch_loss, finite_or_nan, validate
 from esper.tolaria.runtime import torch_generator
@@ -63,7 +63,7 @@ def batch_order(lineage: Lineage, data: TaskData, env_seed: int, purpose: str, e
     generator = torch_generator(env_seed, purpose, epoch)
     rounds = -(-wanted // len(data.train))
     order = torch.cat([torch.randperm(len(data.train), generator=generator) for _ in range(rounds)])
-    return order[:wanted].view(spec.batches_per_epoch, spec.batch_size)
+    return order[:wanted].view(spec.batches_per_epoch, spec.batch_size).to(data.device)
 
 
 def batches(
@@ -78,12 +78,16 @@ def batches(
         epoch: 0-based.
         clock: Put before the purpose of every draw: epochs of another clock have draws of their own.
     """
-    shifts = lineage.spec.augment == "crop-flip"
-    for position, index in enumerate(batch_order(lineage, data, env_seed, f"{clock}order", epoch)):
+    order = batch_order(lineage, data, env_seed, f"{clock}order", epoch)
+    shifts = None
+    if lineage.spec.augment == "crop-flip":
+        size = data.shape.resolution
+        generators = [torch_generator(env_seed, f"{clock}augment", epoch, batch) for batch in range(len(order))]
+        drawn = [draw_shifts(lineage.spec.batch_size, size, generator) for generator in generators]
+        shifts = torch.stack(drawn).to(data.device)
+    for position, index in enumerate(order):
         inputs = data.train.inputs[index]
-        if shifts:
-            inputs = augment(inputs, torch_generator(env_seed, f"{clock}augment", epoch, position))
-        yield inputs, data.train.labels[index]
+        yield (inputs if shifts is None else shifted(inputs, shifts[position])), data.train.labels[index]
 
 
 WARM_CLOCK = "warm-"
@@ -101,11 +105,13 @@ def train_epoch(lineage: Lineage, data: TaskData, env_seed: int, epoch: int, clo
     """Train host, blended seeds and incubating seeds for one epoch; tensors are read once, at its end."""
     network = lineage.network
     incubations = lineage.training_incubations()
-    drop_sums = torch.zeros(len(incubations))
+    drop_sums = torch.zeros(len(incubations), device=data.device)
     taps = [incubation.key.slot for incubation in incubations]
     has_seeds = bool(incubations or lineage.seeds)
     held_still = not clock and host_held_still(lineage.spec, epoch)
-    loss_sum, correct, answers = torch.zeros(()), torch.zeros((), dtype=torch.int64), 0
+    host_weights, clipped = list(network.host.parameters()), clipped_weights(lineage)
+    loss_sum, correct = torch.zeros((), device=data.device), torch.zeros((), dtype=torch.int64, device=data.device)
+    answers = 0
     network.train_mode(True, torch_generator(env_seed, f"{clock}dropout", epoch) if network.has_dropout else None)
     last, watch = lineage.spec.batches_per_epoch - 1, None
     for position, (inputs, labels) in enumerate(batches(lineage, data, env_seed, epoch, clock)):
@@ -124,9 +130,10 @@ def train_epoch(lineage: Lineage, data: TaskData, env_seed: int, epoch: int, clo
             with network.batch_statistics():
                 drop_sums += incubate(lineage, tapped, labels, loss.detach(), epoch, watch)
         if held_still:
-            for weight in network.host.parameters():
+            for weight in host_weights:
                 weight.grad = None
-        clip_seed_gradients(lineage)
+        for weights in clipped:
+            clip_gradient(weights, lineage.spec.seed_gradient_clip)
         lineage.optimiser.step()
         loss_sum += loss.detach()
         correct += (logits.detach().argmax(-1) == labels).sum()
@@ -189,11 +196,9 @@ def host_held_still(spec: EnvironmentSpec, epoch: int) -> bool:
     return span is not None and span[0] <= epoch < span[1]
 
 
-def clip_seed_gradients(lineage: Lineage) -> None:
-    """Clip the gradient of each blended seed that is no fossil, its gate's with it, apart from the host's."""
-    for graft in lineage.network.grafts.values():
-        if not graft.fossil:
-            torch.nn.utils.clip_grad_norm_(graft.parameters(), lineage.spec.seed_gradient_clip, foreach=True)
+def clipped_weights(lineage: Lineage) -> list[list[torch.nn.Parameter]]:
+    """Return the weights of each blended seed that is no fossil, its gate's with them: each clipped by itself."""
+    return [graft.parameters() for graft in lineage.network.grafts.values() if not graft.fossil]
 
 
 def forget_shadow_probes(measures: SeedMeasures) -> None:
@@ -203,8 +208,5 @@ def forget_shadow_probes(measures: SeedMeasures) -> None:
 
 def weights_finite(lineage: Lineage) -> bool:
     """Return whether every trained weight of the host and its seeds is finite."""
-    total = torch.zeros(())
-    for group in lineage.optimiser.param_groups:
-        for parameter in group["params"]:
-            total = total + parameter.detach().sum()
-    return math.isfinite(float(total))
+    weights = [weight.detach() for group in lineage.optimiser.param_groups for weight in group["params"]]
+    return math.isfinite(float(sum(weight.sum() for weight in weights)))

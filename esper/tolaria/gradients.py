@@ -88,7 +88,7 @@ class GradientWatch:
 
 def tensor_norms(parameters: Sequence[Tensor]) -> Tensor:
     """Return the norm of the gradient per parameter tensor, float [tensors]; 0 where there is none."""
-    return torch.stack([p.grad.norm() if p.grad is not None else torch.zeros(()) for p in parameters])
+    return torch.stack([p.grad.norm() if p.grad is not None else p.new_zeros(()) for p in parameters])
 
 
 def record_gradients(

@@ -10,6 +10,8 @@ delta ever larger. So an increment beyond its cap gets no gradient, and the weig
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,10 +44,9 @@ def _set_gradients(incubation: Incubation, end: Tensor, pull: Tensor | None, sou
     The input's is asked for too: without it GroupNorm's backward crashes on a channels_last input. `backward` gives
     each gradient its weight's memory layout, which `grad` does not; the fused optimisers read both as they lie there.
     """
-    parameters = list(incubation.module.parameters())
-    for parameter in parameters:
-        parameter.grad = None
-    torch.autograd.backward(end, pull, inputs=[*parameters, source])
+    for weight in incubation.weights:
+        weight.grad = None
+    torch.autograd.backward(end, pull, inputs=[*incubation.weights, source])
 
 
 def unseeded_loss(lineage: Lineage, slot: int, h: Tensor, labels: Tensor, host_loss: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def linearised(incubation: Incubation, h: Tensor, needs_gradient: bool) -> Tenso
     size_B, room_B = (values.detach().flatten(1).norm(dim=1) for values in (delta, h))
     within_B = (size_B <= INCREMENT_CAP * room_B).to(h.dtype)
     pull = h.grad * within_B.view(-1, *(1,) * (h.ndim - 1))
-    _set_gradients(incubation, delta, pull, source)
+    _set_gradients(incubation, delta, pull.to(delta.dtype), source)
     return -torch.sum(h.grad * delta.detach())
 
 
@@ -93,7 +94,15 @@ def learns_in(incubation: Incubation, epoch: int) -> bool:
     return incubation.key.incubation == "own_pass" or age < LINEARISED_EPOCHS
 
 
+def clip_gradient(weights: Sequence[Tensor], limit: float) -> None:
+    """Scale the gradient down to a norm of at most `limit`, as torch's `clip_grad_norm_` does, without its overhead."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    if gradients:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
+
+
 def step_seed(incubation: Incubation, clip: float) -> None:
     """Clip the seed's gradient, apart from the host's, and take a step of its optimiser."""
-    torch.nn.utils.clip_grad_norm_(incubation.module.parameters(), clip, foreach=True)
+    clip_gradient(incubation.weights, clip)
     incubation.optimiser.step()

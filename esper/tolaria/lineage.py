@@ -18,7 +18,7 @@ from esper.kasmina.network import Graft, Network
 from esper.leyline.actions import SEED_LR_FACTORS, Blend
 from esper.leyline.observations import CONTRIBUTION_PERCENTS
 from esper.leyline.specs import EnvironmentSpec
-from esper.tolaria.runtime import keyed_initialisation, lay_out
+from esper.tolaria.runtime import CPU, keyed_initialisation, lay_out
 from esper.tolaria.tasks import TaskData
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class Incubation:
     num_params: int
     measures: SeedMeasures = field(default_factory=SeedMeasures)
     cpu_s: float = 0.0
+    weights: list[nn.Parameter] = field(init=False)
+    """The module's parameters, listed once: a batch needs them three times."""
+
+    def __post_init__(self) -> None:
+        self.weights = list(self.module.parameters())
 
 
 @dataclass(slots=True)
@@ -135,6 +140,11 @@ class Lineage:
         child.host_key = host_key
         return child
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network lies."""
+        return next(self.network.host.parameters()).device
+
     def training_incubations(self) -> list[Incubation]:
         """Return the incubations whose training has begun."""
         return [incubation for incubation in self.incubations.values() if incubation.key.has_started]
@@ -142,7 +152,7 @@ class Lineage:
     def incubate(self, key: SeedKey, env_seed: int, channels: int) -> Incubation:
         """Return the incubation of a seed key, born now if it is not there yet."""
         if key not in self.incubations:
-            module = new_seed(self.spec, key, env_seed, channels)
+            module = new_seed(self.spec, key, env_seed, channels, self.device)
             optimiser = make_optimiser(self.spec, list(module.parameters()), SEED_LR_FACTORS[key.seed_lr])
             self.incubations[key] = Incubation(key, module, optimiser, count_parameters(module))
         return self.incubations[key]
@@ -160,7 +170,8 @@ class Lineage:
         self.optimiser.state.update(incubation.optimiser.state)
         num_params = incubation.num_params
         if slot.blend_kind is Blend.GATED:
-            graft.gate = new_gate(self.spec, slot.seed, env_seed, self.network.host.places[index].channels)
+            channels = self.network.host.places[index].channels
+            graft.gate = new_gate(self.spec, slot.seed, env_seed, channels, self.device)
             # A group of its own: torch's fused SGD fails on a group in which only some tensors have momentum.
             lr_factor = SEED_LR_FACTORS[slot.seed.seed_lr]
             self.optimiser.add_param_group({"params": list(graft.gate.parameters()), "lr_factor": lr_factor})
@@ -233,21 +244,26 @@ def make_optimiser(spec: EnvironmentSpec, parameters: list[Tensor], lr_factor: f
     return torch.optim.SGD(group, lr=learning_rate, momentum=spec.momentum, weight_decay=spec.weight_decay, fused=True)
 
 
-def new_seed(spec: EnvironmentSpec, key: SeedKey, env_seed: int, channels: int) -> nn.Module:
+def new_seed(
+    spec: EnvironmentSpec, key: SeedKey, env_seed: int, channels: int, device: torch.device = CPU
+) -> nn.Module:
     """Return a seed initialised from (env_seed, slot, blueprint, birth epoch)."""
     with keyed_initialisation(env_seed, "seed-init", key.slot, key.blueprint, key.birth_epoch):
         module = build_blueprint(spec.host.topology, spec.blueprints[key.blueprint], channels)
-    return lay_out(module)
+    return lay_out(module).to(device)
 
 
-def new_gate(spec: EnvironmentSpec, key: SeedKey, env_seed: int, channels: int) -> nn.Module:
+def new_gate(
+    spec: EnvironmentSpec, key: SeedKey, env_seed: int, channels: int, device: torch.device = CPU
+) -> nn.Module:
     """Return the gate of a gated blend, initialised from (env_seed, slot, blueprint, birth epoch)."""
     with keyed_initialisation(env_seed, "gate-init", key.slot, key.blueprint, key.birth_epoch):
-        return build_gate(spec.host.topology, channels)
+        gate = build_gate(spec.host.topology, channels)
+    return gate.to(device)
 
 
 def new_network(spec: EnvironmentSpec, env_seed: int, data: TaskData) -> Network:
     """Return the bare host, initialised from the environment seed."""
     with keyed_initialisation(env_seed, "host-init"):
         host = build_host(spec.host, data.shape)
-    return Network(lay_out(host))
+    return Network(lay_out(host).to(data.device))

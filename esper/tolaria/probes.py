@@ -51,14 +51,15 @@ class Tally:
     """Sums of loss and correct answers over a split: rows of images or tokens of text."""
 
     def __init__(self) -> None:
-        self.loss = torch.zeros((), dtype=torch.float64)
-        self.correct = torch.zeros((), dtype=torch.int64)
+        self.loss: Tensor | float = 0.0
+        self.correct: Tensor | int = 0
         self.count = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Add one chunk: logits [B, classes] with labels [B], or [B, T, vocabulary] with [B, T]."""
-        self.loss += F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
-        self.correct += (logits.argmax(-1) == labels).sum()
+        total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+        self.loss = self.loss + total.double()
+        self.correct = self.correct + (logits.argmax(-1) == labels).sum()
         self.count += labels.numel()
 
     def mean_loss(self) -> float:

@@ -218,7 +218,7 @@ class Recorder:
         columns: dict[str, object] = {name: [value] * length for name, value in self._ids(rider).items()}
         columns |= {
             "step": np.arange(1, length + 1),
-            "device": ["cpu"] * length,
+            "device": [str(self.cohort.data.device)] * length,
             "cpu_s_alone": [float(c.cpu_s_alone_K[k]) for c in costs],
             "cpu_s_shared": [float(c.cpu_s_shared_K[k]) for c in costs],
             "riders": [int(c.riders_K[k]) for c in costs],

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import nn
 
-from esper.kasmina.blueprints.cnn import ZeroScale
+from esper.kasmina.blueprints.cnn import SCALE_GAIN, ZeroScale
 from esper.kasmina.blueprints.transformer import Norm as TextNorm
 from esper.kasmina.lifecycle import SeedKey, SlotState
 from esper.leyline.actions import SEED_LR_FACTORS
@@ -100,7 +100,7 @@ def _without_zeros(module: nn.Module) -> None:
     """Give what is zero at birth its ordinary start: a scale 1, a convolution or a linear layer its own random one."""
     for part in module.modules():
         if isinstance(part, ZeroScale):
-            part.weight.fill_(1.0)
+            part.weight.fill_(1.0 / SCALE_GAIN)
         elif isinstance(part, TextNorm):
             part.scale.fill_(1.0)
         elif isinstance(part, nn.Conv2d | nn.Conv1d | nn.Linear) and not part.weight.any():

@@ -79,9 +79,10 @@ def apply_actions(flock: Flock, actions_KA: NDArray[np.integer], valid_K: Bools)
         rider.last_executed = bool(report.is_open)
         rider.submitted_rows.append(tuple(int(v) for v in row))
         rider.executed_rows.append(tuple(int(v) for v in (row if report.is_open else WAIT_ROW)))
+    drop_unused(flock)
     for (parent_key, event), moved in movers.items():
         _fork(flock, parent_key, event, moved)
-    drop_unused(flock)
+        drop_unused(flock)  # at once: however many episodes fork, there is never more than one lineage too many
     return Applied(executed_K=executed, refused_by=refused)
 
 
@@ -228,4 +229,5 @@ def expire_holding(flock: Flock) -> None:
                 movers.setdefault(rider.lineage.host_key, []).append((rider, index))
         for parent_key, moved in movers.items():
             _fork(flock, parent_key, ("expire", flock.step, index), moved)
+            drop_unused(flock)
     drop_unused(flock)

@@ -97,11 +97,11 @@ RESNET = ResNetHost(layers=18, width_factor=0.0625)
 
 
 IDENTITIES = {
-    "engine": "2",
+    "engine": "3",
     "environments": ["5d728af47b79e847", "57bc4d000dc0d3b3"],
     "env_seeds": [2519336023906644183, 4532193403949142660, 8904131760514181878],
     "controllers": ["6e6bc23cd42c0961", "3cd170b16d31cc2d", "72d3ea33dbf0df86"],
-    "demo": "19b35f659979997b",
+    "demo": "da53311f83ad3d5e",
 }
 DRAWS = {
     "seed": 7587757920484449520,
@@ -112,7 +112,7 @@ DATA = {
     "gap": "0e9c6f87074f39d0",
     "baseline": "27520bb9d7f0c0a9",
     "weights": "eb7978fd00b46eb0",
-    "seed": "86d46af68431dbe0",
+    "seed": "f7c8cead3c5e3ec2",
     "order": "16626d1221fe1fb0",
 }
 OTHERS = {

@@ -8,6 +8,7 @@ import pytest
 from engine_specs import tiny_environment
 from scipy import stats
 
+from esper.kasmina.blueprints.cnn import SCALE_GAIN
 from esper.leyline.errors import IntegrityError, SpecError
 from esper.leyline.identity import EVALUATION_START
 from esper.leyline.poc import RunOrigin
@@ -137,7 +138,7 @@ def test_an_ordinary_root_is_the_bigger_network_without_a_zero_at_birth():
     bodies = [lineage.network.grafts[1].module for lineage in (bigger, ordinary)]
     same = {name: value for name, value in bodies[0].state_dict().items() if not name.startswith("scale")}
     assert all((bodies[1].state_dict()[name] == value).all() for name, value in same.items())
-    assert (bodies[1].scale.weight == 1).all()
+    assert (bodies[1].scale.weight == 1 / SCALE_GAIN).all()
     assert all(graft.module[-1].weight.any() for graft in bottleneck.network.grafts.values())
     assert ordinary.seeds[1].num_params == bigger.seeds[1].num_params
 

@@ -28,16 +28,21 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
+SCALE_GAIN = 3.0
+"""A factor that starts at zero and moves at the seed's learning rate keeps the convolutions behind it from learning for
+epochs; with this gain it moves 9 times as fast. With 4, heavy seeds at a learning rate of 0.6 were seen to explode."""
+
+
 class ZeroScale(nn.Module):
-    """A learned factor per channel, zero at birth."""
+    """A learned factor per channel, SCALE_GAIN times its weight, zero at birth."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(channels, 1, 1))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return x * weight."""
-        return x_BCHW * self.weight
+        """Return x * SCALE_GAIN * weight."""
+        return x_BCHW * (SCALE_GAIN * self.weight)
 
 
 def _conv_norm_relu(channels: int, kernel: int, dilation: int = 1) -> nn.Sequential:
@@ -103,8 +108,12 @@ def conv_light(channels: int) -> nn.Module:
 
 
 def conv_heavy(channels: int) -> nn.Module:
-    """Two 3x3 convolutions."""
-    return Scaled(channels, nn.Sequential(_conv_norm_relu(channels, 3), _conv_norm_relu(channels, 3)))
+    """Two 3x3 convolutions, the second without a ReLU: with one the increment of a channel has one sign at all places.
+
+    A single convolution keeps its ReLU, without which it would add nothing but a linear map.
+    """
+    last = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    return Scaled(channels, nn.Sequential(*_conv_norm_relu(channels, 3), last, group_norm(channels)))
 
 
 def dilated(channels: int) -> nn.Module:

@@ -6,13 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.kasmina.hosts.base import BatchNorm, DataShape, Host, SlotPlace
+from esper.kasmina.hosts.base import MIN_CHANNELS_LAST, BatchNorm, DataShape, Host, SlotPlace
+from esper.kasmina.hosts.pooling import max_pool_relu, norm_can_wait, pooled_norm
 from esper.leyline.errors import SpecError
 from esper.leyline.host_specs import CnnHost
 
 
 class ConvBlock(nn.Module):
-    """Convolution without bias, batch norm, ReLU, max-pool; a narrowed block zeroes all but its first channels."""
+    """Convolution without bias, batch norm, ReLU, max-pool; a narrowed block zeroes all but its first channels.
+
+    Where the statistics are fixed and no gradient is asked for, the batch norm is folded into the convolution.
+    """
 
     keep: Tensor | None
 
@@ -22,17 +26,28 @@ class ConvBlock(nn.Module):
         self.conv.weight.requires_grad_(not frozen)
         self.norm = BatchNorm(outputs)
         self.pool = pool
+        self.few_channels = outputs < MIN_CHANNELS_LAST
         mask = (torch.arange(outputs) < kept).float()[:, None, None] if kept else None
         self.register_buffer("keep", mask)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the block's output."""
-        out = self.norm(self.conv(x_BCHW))
-        if self.pool > 1:
-            # max and ReLU commute, values and gradients; after pooling ReLU has a quarter of the work
-            out = F.max_pool2d(out, self.pool)
-        out = torch.relu(out)
+        if self.norm.is_fixed and not torch.is_grad_enabled():
+            factor_C, shift_C = self.norm.folded()
+            out = self._convolve(x_BCHW, self.conv.weight * factor_C[:, None, None, None], shift_C)
+            out = max_pool_relu(out, self.pool)
+        else:
+            out = self._convolve(x_BCHW, self.conv.weight, None)
+            if self.pool > 1 and self.norm.updates and norm_can_wait(out, self.norm.weight):
+                out = pooled_norm(out, self.norm, self.pool)
+            else:
+                out = max_pool_relu(self.norm(out), self.pool)
         return out if self.keep is None else out * self.keep
+
+    def _convolve(self, x_BCHW: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.few_channels:
+            x_BCHW = x_BCHW.contiguous()
+        return F.conv2d(x_BCHW, weight, bias, padding=self.conv.padding)
 
 
 class ConvHost(Host):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 
@@ -30,6 +31,10 @@ class Split:
         """Return the first rows."""
         return Split(inputs=self.inputs[:num_rows], labels=self.labels[:num_rows])
 
+    def to(self, device: torch.device) -> Split:
+        """Return the rows on a device."""
+        return Split(inputs=self.inputs.to(device), labels=self.labels.to(device))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskData:
@@ -54,6 +59,24 @@ class TaskData:
     source: str
     digest: str
     chance: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the splits lie, all of them."""
+        return self.train.inputs.device
+
+    def to(self, device: torch.device) -> TaskData:
+        """Return the data on a device, in the same memory layout; rows that two splits share are moved once."""
+        if device == self.device:
+            return self
+        val = self.val.to(device)
+        return dataclasses.replace(
+            self,
+            train=self.train.to(device),
+            val=val,
+            val_epoch=val.first(len(self.val_epoch)),
+            test=self.test.to(device),
+        )
 
 
 def content_digest(*splits: Split) -> str:
