@@ -33,5 +33,10 @@ lint: $(STAMP)
 accept: $(STAMP)
 	$(BIN)/python -m pytest -m slow -n $(JOBS) tests
 
+bench: $(STAMP)
+	for name in step epoch cohort workers datagen observe load growth_of_cohorts ; do \
+		$(BIN)/python -m benchmarks.$$name || exit 1 ; \
+	done
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build *.egg-info

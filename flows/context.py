@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import pyarrow as pa
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 
 from esper.karn.store import Dataset, Store, open_store
 from esper.leyline.events import EventKind
@@ -29,11 +29,40 @@ NAME = r"^[a-z0-9-]{1,40}$"
 
 
 class RunOptions(Spec):
-    """What every flow is asked for. `store` is a path, else $ESPER_STORE, else datasets/local."""
+    """What every flow is asked for.
+
+    Attributes:
+        store: A path, else $ESPER_STORE, else datasets/local.
+        workers: Worker processes; 0 runs in this process. Left out, one, or as many as there are devices.
+        devices: The slot of each worker, `cpu` or `cuda:N`; a device may be named more than once. Left out, the CPU.
+        run_name: Name of the run's folder.
+    """
 
     store: str | None = None
     workers: Annotated[int, Field(ge=0)] = 1
+    devices: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     run_name: Annotated[str, Field(pattern=NAME)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_worker_per_device(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("devices") and data.get("workers") is None:
+            return {**data, "workers": len(data["devices"])}
+        return data
+
+    @model_validator(mode="after")
+    def _as_many_workers_as_devices(self) -> Self:
+        if self.devices is not None and len(self.devices) != self.workers:
+            raise ValueError(
+                f"{self.workers} workers on {len(self.devices)} devices; leave workers out, or name as many"
+            )
+        return self
+
+    def check_devices(self) -> None:
+        """Raise where a device is unknown or not on this machine; starts nothing on it."""
+        from esper.tolaria.workers import check_devices
+
+        check_devices(self.devices or ())
 
     def check(self) -> None:
         """Raise where a name of the request is unknown; quick, writes nothing, done before anything is started."""
@@ -109,7 +138,7 @@ def open_context(
     folder = held.path / "runs" / run
     with (
         EventWriter(folder, run) as writer,
-        CohortPool(options.workers) as pool,
+        CohortPool(options.workers, devices=options.devices) as pool,
         reporter() as progress,
     ):
         writer.emit(EventKind.RUN_STARTED, {"command": command, **events})

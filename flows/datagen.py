@@ -7,14 +7,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import JsonValue
+from pydantic import Field, JsonValue
 
 from esper.karn.store import Dataset, open_store
 from esper.karn.versions import Version
 from esper.leyline.errors import IntegrityError, StoreError
 from esper.leyline.events import EventKind
 from esper.leyline.matrix import CohortPlan, MatrixSpec
+from esper.leyline.specs import Numerics
 from flows.context import Context, RunOptions, cohort_name, open_context
 from flows.failures import failed_tables
 from flows.health import check_health
@@ -28,23 +30,45 @@ from flows.planning import (
     one_by_one,
     plan_matrix,
     remaining,
+    slices,
+    under_numerics,
 )
 from flows.provenance import provenance
 
+if TYPE_CHECKING:
+    from esper.tolaria.memory import MemoryBound
+
 
 class DatagenRequest(RunOptions):
-    """Generate the episodes of a matrix into a dataset (by default named after the matrix); `health` checks it."""
+    """Generate the episodes of a matrix into a dataset.
+
+    Attributes:
+        matrix: Name of a matrix, or a TOML file.
+        dataset: Left out, named after the matrix.
+        selection: A part of the matrix.
+        numerics: Of every environment, in place of its own; left out, what the devices need.
+        max_lineages: Most lineages that a worker trains at once; a cohort that could have more runs in parts.
+        retry_failed: Run episodes again that are stored as failed.
+        health: Check the version afterwards.
+    """
 
     matrix: str
     dataset: str | None = None
     selection: Selection | None = None
+    numerics: Numerics | None = None
+    max_lineages: Annotated[int, Field(ge=2)] | None = None
     retry_failed: bool = False
     health: bool = False
 
     def check(self) -> None:
-        """Raise where the matrix, the selection or the dataset's name is wrong."""
-        matrix, _ = plan_matrix(self.matrix, self.selection)
+        """Raise where the matrix, the selection, the numerics or the dataset's name is wrong."""
+        matrix, _ = self.plan()
         open_store(self.store).dataset(self.dataset or matrix.name)
+
+    def plan(self) -> tuple[MatrixSpec, list[CohortPlan]]:
+        """Return the matrix and its cohorts, under the numerics in which they will run."""
+        matrix, plans = plan_matrix(self.matrix, self.selection)
+        return matrix, under_numerics(plans, self.devices, self.numerics)
 
 
 @dataclass(frozen=True)
@@ -84,39 +108,56 @@ class Generated:
 
 def estimate_datagen(request: DatagenRequest) -> Estimate:
     """Return what the request costs, running nothing and writing nothing."""
-    matrix, plans = plan_matrix(request.matrix, request.selection)
+    matrix, plans = request.plan()
     return estimate(plans, open_store(request.store).dataset(request.dataset or matrix.name))
+
+
+def worker_memory(request: DatagenRequest) -> MemoryBound:
+    """Return what a worker holds at most, in the cohort of the request that needs most; runs nothing."""
+    from esper.tolaria.memory import cohort_memory  # torch
+
+    _, plans = request.plan()
+    bounds = [cohort_memory(part) for plan in plans for part in slices(plan, request.max_lineages)]
+    return max(bounds, key=lambda bound: bound.total_bytes)
 
 
 def run_datagen(request: DatagenRequest, orchestrator: Orchestrator) -> Generated:
     """Carry out a request; what is stored already is left out.
 
     Raises:
-        SpecError: The matrix or the selection is wrong.
+        SpecError: The matrix, the selection, a device or the numerics are wrong.
         StoreError: The store cannot be written.
     """
-    matrix, plans = plan_matrix(request.matrix, request.selection)
+    matrix, plans = request.plan()
     dataset = request.dataset or matrix.name
     with open_context(request, dataset, "datagen", orchestrator, events={"matrix": matrix.name}) as context:
-        generated = generate(context, matrix, plans, retry_failed=request.retry_failed)
+        generated = generate(
+            context, matrix, plans, retry_failed=request.retry_failed, max_lineages=request.max_lineages
+        )
         if request.health and generated.version.verdict() is None:
             orchestrator.stage("health", partial(check_health, context, generated.version))
         return generated
 
 
 def generate(
-    context: Context, matrix: MatrixSpec, plans: Sequence[CohortPlan], *, retry_failed: bool = False
+    context: Context,
+    matrix: MatrixSpec,
+    plans: Sequence[CohortPlan],
+    *,
+    retry_failed: bool = False,
+    max_lineages: int | None = None,
 ) -> Generated:
     """Run the cohorts that are not stored yet, commit each as it ends, and seal a version that holds them all.
 
+    Where `max_lineages` is given, a large cohort runs as several smaller ones; the version's digest stays the same.
     A cohort is tried twice; one with branches then runs again in parts, so that a branch that cannot be carried out
     costs the others nothing. What still fails is stored as failed, with the error, and the rest goes on.
     """
     todo = remaining(plans, context.dataset.episode_ids(failed=not retry_failed))
     done: list[CohortDone] = []
     failed = 0
-    with _explain_interrupt(context, todo, done):
-        parts = todo
+    parts = [part for plan in todo for part in slices(plan, max_lineages)]
+    with _explain_interrupt(context, parts, done):
         while parts:
             again: list[CohortPlan] = []
             for index, outcome in _run_cohorts(context, parts):
@@ -147,14 +188,17 @@ def generate(
 
 
 def _with_earlier(dataset: Dataset, origin: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    """Keep the environments and rewards of the version before: its episodes are in the new one too."""
+    """Keep the environments, rewards and numerics of the version before: its episodes are in the new one too."""
     versions = dataset.versions()
     earlier = versions[-1].manifest.provenance if versions else {}
     for key in ("environments", "rewards"):
         before, now = earlier.get(key), origin[key]
         if isinstance(before, dict) and isinstance(now, dict):
             origin = {**origin, key: {**before, **now}}
-    return origin
+    numerics: set[JsonValue] = set()
+    for said in (earlier.get("numerics"), origin["numerics"]):
+        numerics |= {*said} if isinstance(said, list) else set()
+    return {**origin, "numerics": [*sorted(numerics, key=str)]}
 
 
 def latest_with(dataset: Dataset, plans: Sequence[CohortPlan]) -> Version | None:

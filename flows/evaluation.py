@@ -7,19 +7,24 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from esper.karn.comparison_page import comparison_page
 from esper.karn.store import open_store
 from esper.karn.versions import Version
 from esper.leyline.comparison import Evaluation
 from esper.leyline.controller_specs import LearnedPolicy
-from esper.leyline.errors import ControlError, SpecError, StoreError
+from esper.leyline.errors import ControlError, StoreError
 from esper.leyline.events import EventKind
-from esper.leyline.library import load
-from esper.leyline.matrix import ControlBounds, EvaluationCell, PipelineSpec
+from esper.leyline.library import load, load_environments
+from esper.leyline.pipelines import ControlBounds, EvaluationCell, PipelineSpec
+from esper.leyline.rewards import RewardSpec
 from esper.leyline.verdict import Use
+from flows.checkpoints import named_policies
 from flows.context import Context, RunOptions, open_context
 from flows.orchestration import Orchestrator
+from flows.stored_runs import StoredRuns
 
 RESULT = "evaluation.json"
+PAGE = "evaluation.md"
 
 
 class EvaluateRequest(RunOptions):
@@ -30,13 +35,16 @@ class EvaluateRequest(RunOptions):
     pipeline: str = "demo"
 
     def check(self) -> None:
-        """Raise where the pipeline, a checkpoint or the version does not exist."""
-        self.resolve()
+        """Raise where the pipeline, what it evaluates on, a checkpoint or the version does not exist."""
+        spec, _, _ = self.resolve()
+        for cell in spec.evaluation:
+            load_environments(cell.environment)
+            load("rewards", cell.reward, RewardSpec)
 
     def resolve(self) -> tuple[PipelineSpec, dict[str, LearnedPolicy], Version]:
         """Return what the names stand for."""
         spec = load("pipelines", self.pipeline, PipelineSpec)
-        return spec, _named_policies(self.policies), open_store(self.store).resolve(self.dataset)
+        return spec, named_policies(self.policies), open_store(self.store).resolve(self.dataset)
 
 
 def run_evaluation(request: EvaluateRequest, orchestrator: Orchestrator) -> tuple[Evaluation, Path]:
@@ -47,19 +55,6 @@ def run_evaluation(request: EvaluateRequest, orchestrator: Orchestrator) -> tupl
         return evaluation, context.folder / RESULT
 
 
-def _named_policies(folders: Sequence[str]) -> dict[str, LearnedPolicy]:
-    """The policies of checkpoint folders by name; before anything runs, so that a missing one costs nothing."""
-    from esper.tamiyo.checkpoints import read_card
-
-    policies: dict[str, LearnedPolicy] = {}
-    for folder in folders:
-        card = read_card(Path(folder))
-        if card.name in policies:
-            raise SpecError(f"two policies are called {card.name!r}: {policies[card.name].path} and {folder}")
-        policies[card.name] = LearnedPolicy(name=card.name, path=folder, digest=card.weights_sha256)
-    return policies
-
-
 def evaluate_policies(
     context: Context,
     version: Version,
@@ -67,28 +62,59 @@ def evaluate_policies(
     bounds: Sequence[ControlBounds],
     policies: Mapping[str, LearnedPolicy],
 ) -> Evaluation:
-    """Compare policies with the controls and write `evaluation.json` into the run's folder."""
+    """Compare policies with the controls; write `evaluation.json` and `evaluation.md` into the run's folder.
+
+    Episodes that the dataset holds already are not run again, so further policies cost no further controls. Beside
+    each policy stands what the newest off-policy evaluation of it said, if there was one.
+    """
+    from esper.simic.arms import COLUMNS
     from esper.simic.evaluation import evaluate
 
     verdict = version.verdict()
-    context.progress.begin("evaluation", sum(cell.env_seeds + cell.selection_seeds for cell in cells))
+    context.progress.begin("evaluation", sum(num_cohorts(cell) for cell in cells))
     evaluation = evaluate(
         cells,
         policies,
-        run=partial(context.run_plans, "evaluation", counted=True),
+        run=partial(StoredRuns(context, COLUMNS).run, "evaluation"),
         bounds=bounds,
         dataset=version.name,
         version=version.number,
         verdict=None if verdict is None else verdict.level(Use.OFFLINE_RL),
         on_tables=lambda tables: None,  # each cohort was stored as it ended
+        predicted=predictions(context, policies),
     )
-    path = context.folder / RESULT
-    try:
-        path.write_text(json.dumps(evaluation.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from None
+    write_result(context.folder / RESULT, json.dumps(evaluation.model_dump(mode="json"), indent=1) + "\n")
+    write_result(context.folder / PAGE, comparison_page(evaluation))
     context.events.emit(EventKind.EVALUATED, {"arms": len(evaluation.arms), "wall_s": evaluation.wall_s})
     return evaluation
+
+
+def num_cohorts(cell: EvaluationCell) -> int:
+    """Return how many cohorts a cell's evaluation takes: selection, bandit, comparison."""
+    members = len(load_environments(cell.environment))
+    return members * (cell.env_seeds + cell.selection_seeds) + (0 if cell.bandit is None else cell.bandit.pulls)
+
+
+def predictions(context: Context, policies: Mapping[str, LearnedPolicy]) -> dict[str, dict[str, float]]:
+    """Return what the newest off-policy evaluation of each policy said, by policy and environment."""
+    from flows.past_estimates import stored_results
+
+    by_digest: dict[str, dict[str, float]] = {}
+    for result in stored_results(context.dataset):
+        newest: dict[str, dict[str, float]] = {}
+        for item in result.policies:
+            if not item.sampled:
+                newest.setdefault(item.digest, {})[item.environment] = item.fqe.mean
+        by_digest |= newest
+    return {name: by_digest[policy.digest] for name, policy in policies.items() if policy.digest in by_digest}
+
+
+def write_result(path: Path, text: str) -> None:
+    """Write a file of results; StoreError where it cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}") from None
 
 
 def require_controls(evaluation: Evaluation) -> None:

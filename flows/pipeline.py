@@ -11,8 +11,10 @@ from typing import TypeVar
 from esper.karn.versions import Version
 from esper.leyline.comparison import Evaluation
 from esper.leyline.controller_specs import LearnedPolicy
-from esper.leyline.library import load, load_environment
-from esper.leyline.matrix import CohortPlan, MatrixSpec, PipelineSpec
+from esper.leyline.grid import GridPoint, GridSpec
+from esper.leyline.library import load, load_environments
+from esper.leyline.matrix import CohortPlan, MatrixSpec
+from esper.leyline.pipelines import PipelineSpec
 from esper.leyline.rewards import RewardSpec
 from flows.context import Context, RunOptions, open_context
 from flows.datagen import Generated, generate
@@ -40,8 +42,9 @@ class PipelineRequest(RunOptions):
         """Return the pipeline, the matrix and its cohorts."""
         spec = load("pipelines", self.pipeline, PipelineSpec)
         for cell in spec.evaluation:
-            load_environment(cell.environment)
+            load_environments(cell.environment)
             load("rewards", cell.reward, RewardSpec)
+        _points(spec)
         matrix, plans = plan_matrix(self.matrix or spec.matrix)
         return spec, matrix, plans
 
@@ -73,7 +76,7 @@ def run_pipeline(request: PipelineRequest, orchestrator: Orchestrator) -> Pipeli
         policies = _stage(context, "train", partial(_train, context, spec, version))
         if spec.ppo is not None:
             name = f"{spec.ppo_from}-ppo"
-            start = policies[spec.ppo_from]
+            start = policies[_name(spec, spec.ppo_from, spec.training_seed)]
             tune = partial(fine_tune_policy, context, version, start, spec.ppo, spec.training_seed, name)
             policies[name] = _stage(context, "fine-tune", tune)
         compare = partial(evaluate_policies, context, version, spec.evaluation, spec.controls, policies)
@@ -97,8 +100,33 @@ def _stage(context: Context, name: str, work: Callable[[], T]) -> T:
 
 
 def _train(context: Context, spec: PipelineSpec, version: Version) -> dict[str, LearnedPolicy]:
-    """The offline learners, PPO's start first."""
-    order = sorted(spec.algorithms, key=lambda name: name != spec.ppo_from)
-    jobs = [make_job(context, version, name, spec.training_seed) for name in order]
-    trained = dict(zip(order, train_all(context, jobs), strict=True))
-    return {name: trained[name] for name in spec.algorithms}
+    """The offline learners from every controller seed, PPO's start first."""
+    seeds = range(spec.training_seed, spec.training_seed + spec.controller_seeds)
+    wanted = [(point, seed, _name(spec, point.name, seed)) for point in _points(spec) for seed in seeds]
+    order = sorted(wanted, key=lambda item: spec.ppo is None or item[0].name != spec.ppo_from)
+    jobs = [
+        make_job(
+            context,
+            version,
+            point.algorithm,
+            seed,
+            name,
+            backend=point.backend,
+            recipe=point.recipe,
+            changes=point.changes,
+        )
+        for point, seed, name in order
+    ]
+    trained = dict(zip([job.name for job in jobs], train_all(context, jobs), strict=True))
+    return {name: trained[name] for _, _, name in wanted}
+
+
+def _points(spec: PipelineSpec) -> list[GridPoint]:
+    """What is trained from each controller seed."""
+    if spec.grid is not None:
+        return load("grids", spec.grid, GridSpec).points()
+    return [GridPoint(name, name, "esper", None, {}) for name in spec.algorithms]
+
+
+def _name(spec: PipelineSpec, learner: str, seed: int) -> str:
+    return f"{learner}-s{seed}" if spec.controller_seeds > 1 else learner

@@ -16,6 +16,7 @@ from esper.leyline.library import family_of, load, load_environment
 from esper.leyline.matrix import Branch, CohortPlan, MatrixSpec
 from esper.leyline.plans import expand
 from esper.leyline.spec_base import Spec
+from esper.leyline.specs import Numerics
 
 
 class Selection(Spec):
@@ -68,7 +69,7 @@ def plan_matrix(name: str, selection: Selection | None = None) -> tuple[MatrixSp
 def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
     environments = _selected_environments(matrix, selection)
     for name in selection.behaviours or ():
-        if name != "schedule-sampler":
+        if name not in ("schedule-sampler", "trials"):
             behaviour(name)
     cells = []
     for cell in matrix.cells:
@@ -76,11 +77,12 @@ def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
         if selection.behaviours is not None:
             changes["behaviours"] = tuple(name for name in cell.behaviours if name in selection.behaviours)
             changes["explorers"] = cell.explorers if "schedule-sampler" in selection.behaviours else 0
+            changes["trials"] = cell.trials if "trials" in selection.behaviours else ()
         if selection.epsilons is not None:
             changes["epsilons"] = selection.epsilons
         for environment in environments[cell.environment]:
             cut = cell.model_copy(update={**changes, "environment": environment})
-            if cut.behaviours or cut.explorers:
+            if cut.behaviours or cut.explorers or cut.trials:
                 cells.append(cut)
     branches = [branch for branch in matrix.branches if _is_selected(branch, selection)]
     if not cells and not branches:
@@ -138,6 +140,67 @@ def remaining(plans: Sequence[CohortPlan], known: Collection[str]) -> list[Cohor
         if episodes or branches:
             rest.append(plan.model_copy(update={"episodes": episodes, "branches": branches}))
     return rest
+
+
+def under_numerics(
+    plans: Sequence[CohortPlan], devices: Sequence[str] | None, numerics: Numerics | None = None
+) -> list[CohortPlan]:
+    """Return the plans as slots on these devices carry them out; other numerics give an episode another id.
+
+    On GPUs an environment that declares the CPU's numerics runs under `cuda-fp32`; environment seeds stay the same, so
+    the episodes are paired with those of the CPU.
+
+    Args:
+        plans: The cohorts.
+        devices: The slots, all of one kind; left out, the CPU.
+        numerics: For every environment, in place of its own.
+
+    Raises:
+        SpecError: Numerics that are not those of the devices.
+    """
+    kind = "cuda" if devices and devices[0] != "cpu" else "cpu"
+    fitted = []
+    for plan in plans:
+        declared = plan.environment.numerics
+        if numerics is None and kind == "cuda" and declared == "cpu-fp32":
+            wanted: Numerics = "cuda-fp32"
+        else:
+            wanted = numerics or declared
+        if wanted.partition("-")[0] != kind:
+            raise SpecError(
+                f"environment {plan.environment.name!r} under numerics {wanted!r} cannot run on "
+                f"{' '.join(devices or ['cpu'])}\n  expected: --devices of that kind, or --numerics of the devices' own"
+            )
+        environment = plan.environment.model_copy(update={"numerics": wanted})
+        fitted.append(plan if wanted == declared else plan.model_copy(update={"environment": environment}))
+    return fitted
+
+
+def slices(plan: CohortPlan, max_lineages: int | None) -> list[CohortPlan]:
+    """Return a plan in parts of which none trains more than `max_lineages` lineages at once; None leaves it whole.
+
+    A cohort has at most one lineage for each episode, and the trunk, which every part runs again. Episodes with less
+    noise share more of their way, so those of one epsilon stay together. A branch goes with its parent. The rows are
+    those of the whole cohort.
+
+    Raises:
+        SpecError: Not even one episode fits beside the trunk.
+    """
+    if max_lineages is None:
+        return [plan]
+    if max_lineages < 2:
+        raise SpecError(f"--max-lineages {max_lineages}\n  expected: 2 or more, an episode's own lineage and the trunk")
+    parents = [(plan.identity(branch.parent).episode_id, branch) for branch in plan.branches]
+    stored = dict(zip(plan.episode_ids(), plan.episodes, strict=True))
+    members = stored | {name: branch.parent for name, branch in parents}
+    order = sorted(members, key=lambda name: (members[name].epsilon, members[name].temperature or 0.0))
+    parts = []
+    for start in range(0, len(order), max_lineages - 1):
+        names = order[start : start + max_lineages - 1]
+        episodes = tuple(stored[name] for name in names if name in stored)
+        branches = tuple(branch for name, branch in parents if name in names)
+        parts.append(plan.model_copy(update={"episodes": episodes, "branches": branches}))
+    return parts
 
 
 def one_by_one(plan: CohortPlan) -> list[CohortPlan]:

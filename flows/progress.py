@@ -29,6 +29,14 @@ class Reporter(Protocol):
         """Something worth a glance happened within a unit."""
         ...
 
+    def reach(self, task: str, done: int, total: int, text: str) -> None:
+        """A task, begun or not, has done `done` of `total` units; `text` says what it has come to, as its losses."""
+        ...
+
+    def end(self, task: str) -> None:
+        """A task has ended and need not be shown any more."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -37,7 +45,7 @@ class Reporter(Protocol):
 
 
 class PlainReporter:
-    """One line per finished unit; notes at most every half minute."""
+    """One line per finished unit; notes, and what tasks have come to, at most every half minute."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -45,6 +53,7 @@ class PlainReporter:
         self._done: dict[str, tuple[int, int]] = {}
         self._started = time.monotonic()
         self._last_note = self._started
+        self._last_reached: dict[str, float] = {}
 
     def begin(self, task: str, total: int) -> None:
         """A task of `total` units begins."""
@@ -66,6 +75,17 @@ class PlainReporter:
             if now - self._last_note >= LINE_EVERY_S:
                 self._last_note = now
                 self._write(f"{task}: {text}")
+
+    def reach(self, task: str, done: int, total: int, text: str) -> None:
+        """Print how far the task is unless that was printed within the last half minute."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last_reached.setdefault(task, now) >= LINE_EVERY_S:
+                self._last_reached[task] = now
+                self._write(f"{task}: {done}/{total} {text}".rstrip())
+
+    def end(self, task: str) -> None:
+        """Lines stay where they are."""
 
     def _write(self, text: str) -> None:
         elapsed = int(time.monotonic() - self._started)
@@ -109,6 +129,17 @@ class BarReporter:
         """Show the note beside the bar."""
         if task in self._tasks:
             self._progress.update(self._tasks[task], note=text)
+
+    def reach(self, task: str, done: int, total: int, text: str) -> None:
+        """Move the bar, and show the text beside it."""
+        if task not in self._tasks:
+            self.begin(task, total)
+        self._progress.update(self._tasks[task], completed=done, note=text)
+
+    def end(self, task: str) -> None:
+        """Take the bar away."""
+        if task in self._tasks:
+            self._progress.remove_task(self._tasks.pop(task))
 
     def __enter__(self) -> Self:
         self._progress.start()

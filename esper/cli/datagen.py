@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from esper.cli.launch import default_workers, launch
+from esper.cli.launch import launch, workers_for
 from esper.cli.output import note_verdict
 
 if TYPE_CHECKING:
+    from esper.tolaria.memory import MemoryBound
     from flows.datagen import Generated
     from flows.planning import Estimate, Selection
 
@@ -22,6 +23,9 @@ def datagen(
     store: str | None = None,
     dataset: str | None = None,
     workers: int | None = None,
+    devices: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
+    numerics: str | None = None,
+    max_lineages: int | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     env_ids: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
     policy_ids: Annotated[list[str] | None, Parameter(consume_multiple=True)] = None,
@@ -40,7 +44,11 @@ def datagen(
         matrix: Name of a matrix, or a TOML file.
         store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
         dataset: Name of the dataset (default: the matrix's name).
-        workers: Worker processes (default: one per core); 0 runs in this process.
+        workers: Worker processes (default: one per core, or one per device); 0 runs in this process.
+        devices: What each worker computes on: `cuda:0 cuda:1`, `cpu cpu`; naming a GPU twice gives it two workers.
+        numerics: cpu-fp32, cuda-fp32, cuda-tf32 or cuda-bf16, in place of the environments' own (default: cuda-fp32
+            on GPUs). Other numerics make other environments (other ids, the same environment seeds).
+        max_lineages: Most lineages that a worker trains at once: bounds its memory, changes no row.
         dry_run: Print what would run and what it costs; run nothing.
         env_ids: Only these environments of the matrix.
         policy_ids: Only these behaviours (`schedule-sampler` for the explorers).
@@ -51,14 +59,17 @@ def datagen(
         no_prefect: Run in process, without a Prefect server.
         run_name: Name of the run's folder (default: command and time).
     """
-    from flows.datagen import DatagenRequest, estimate_datagen, run_datagen
+    from flows.datagen import DatagenRequest, estimate_datagen, run_datagen, worker_memory
 
     request = DatagenRequest.parse(
         {
             "matrix": matrix,
             "store": store,
             "dataset": dataset,
-            "workers": default_workers() if workers is None else workers,
+            "workers": workers_for(workers, devices),
+            "devices": devices,
+            "numerics": numerics,
+            "max_lineages": max_lineages,
             "selection": _selection(env_ids, policy_ids, epsilons, max_epochs),
             "retry_failed": retry_failed,
             "health": not no_health,
@@ -67,7 +78,10 @@ def datagen(
         "esper datagen",
     )
     if dry_run:
+        request.check_devices()
         _print_estimate(estimate_datagen(request))
+        _print_memory(worker_memory(request), request.workers)
+        print("nothing was run; the same command without --dry-run runs it")
         return
     _print_generated(launch("datagen", request, run_datagen, prefect=not no_prefect))
 
@@ -96,7 +110,15 @@ def _print_estimate(estimate: Estimate) -> None:
     print(f"alone / computed, newest run       {f'{ratio:.2f}' if ratio else 'not run yet':>10}")
     if ratio:
         print(f"host epochs at that ratio          {round(estimate.alone_epochs / ratio):>10,}")
-    print("nothing was run; the same command without --dry-run runs it")
+
+
+def _print_memory(memory: MemoryBound, workers: int) -> None:
+    print(f"memory of a worker, at most, MB    {memory.total_bytes / 1e6:>10,.0f}   (x {max(1, workers)} workers)")
+    print("  tensors alone; the process with its libraries comes on top")
+    print(f"  task data                        {memory.data_bytes / 1e6:>10,.0f}")
+    print(f"  lineages                         {memory.lineages_bytes / 1e6:>10,.0f}   ({memory.num_lineages} at once)")
+    print(f"  snapshots to branch from         {memory.snapshots_bytes / 1e6:>10,.0f}")
+    print(f"  activations of one batch         {memory.batch_bytes / 1e6:>10,.0f}")
 
 
 def _print_generated(result: Generated) -> None:

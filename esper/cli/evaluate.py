@@ -23,6 +23,9 @@ def evaluate(
 ) -> None:
     """Compare checkpoints with every control on the evaluation cells of a pipeline.
 
+    Policies whose names differ in `-s0`, `-s1`, ... alone are controller seeds of one algorithm and stand as one row
+    with an interval over both kinds of seeds. Episodes that the dataset holds already are not run again.
+
     Exits with 1 where a positive or negative control of the pipeline fails.
 
     Args:
@@ -53,5 +56,6 @@ def evaluate(
     print_comparison(evaluation)
     note_verdict(open_store(store).resolve(dataset))
     print(f"result  {path}")
+    print(f"page    {path.with_suffix('.md')}")
     require_controls(evaluation)
     print(f"next: esper report {dataset} --run-name {path.parent.name}")

@@ -23,12 +23,18 @@ def default_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+def workers_for(workers: int | None, devices: list[str] | None) -> int | None:
+    """The number of worker processes asked for; where devices are, None leaves it to them."""
+    return default_workers() if workers is None and devices is None else workers
+
+
 def launch(command: str, request: Request, core: Callable[[Request, Orchestrator], T], *, prefect: bool) -> T:
     """Run a flow function and return its result.
 
     On Ctrl-C prints what is stored and exits with 130; workers and server are gone by then.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded here: learners and digests want one thread
+    request.check_devices()
     request.check()  # a mistyped name must not cost the start of a server
     try:
         if prefect:

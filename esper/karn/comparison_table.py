@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from esper.leyline.comparison import ArmResult, Evaluation, Interval
+from esper.leyline.comparison import AlgorithmResult, ArmResult, Evaluation, Interval
 
 REFERENCES = ("never-act", "heuristic", "best-fixed")
-"""The arms to which every arm is compared, in the order of the columns."""
+"""The arms to which every arm is compared, in the order of the columns; a bandit, if there is one, comes after them."""
+
+BANDIT = "bandit"
 
 HEADINGS = (
     "arm",
@@ -22,6 +24,75 @@ HEADINGS = (
     "train GFLOP",
 )
 """Headings of a row. Never-act's return is 0, so the return is also the return over never-act."""
+
+
+POOLED_HEADINGS = (
+    "arm",
+    "test %",
+    "gain over never-act",
+    "gain over best-fixed",
+    "return",
+    "IQM return",
+    "return over heuristic",
+    "return over best-fixed",
+    "return over bandit",
+    "IQM over best-fixed",
+    "predicted return",
+    "size, GFLOP",
+)
+"""Headings of the table of algorithms; never-act's return is 0."""
+
+
+def headings(evaluation: Evaluation, environment: str) -> tuple[str, ...]:
+    """Return the headings of an environment's rows: one more where there is a bandit."""
+    more = (f"return over {BANDIT}",) if _has_bandit(evaluation, environment) else ()
+    return (*HEADINGS[:8], *more, *HEADINGS[8:])
+
+
+def algorithms_of(evaluation: Evaluation, environment: str) -> list[AlgorithmResult]:
+    """Return the algorithms of one environment, in the evaluation's order."""
+    return [result for result in evaluation.algorithms if result.environment == environment]
+
+
+def algorithm_table(evaluation: Evaluation, environment: str) -> list[list[str]]:
+    """Return one row of text per algorithm with several policies, in the order of POOLED_HEADINGS."""
+    return [_algorithm_row(result) for result in algorithms_of(evaluation, environment)]
+
+
+def algorithm_title(evaluation: Evaluation, environment: str) -> str:
+    """Return the heading of the table of algorithms: what its intervals are over."""
+    first = algorithms_of(evaluation, environment)[0].mean_return
+    return (
+        f"{environment}: algorithms, {first.num_controller_seeds} controller seeds on {first.num_env_seeds} "
+        f"environment seeds, both drawn anew (95 % {first.method})"
+    )
+
+
+def member_headings(evaluation: Evaluation, family: str) -> tuple[str, ...]:
+    """Return the headings of the table of a family's members: their names without the family's."""
+    return ("arm", *(name.removeprefix(f"{family}-") for name in evaluation.families[family]))
+
+
+def member_table(evaluation: Evaluation, family: str) -> list[list[str]]:
+    """Return one row per control, single policy and algorithm: the mean return on each member of a family.
+
+    Below it stands the difference to the best fixed schedule, which is one schedule for the whole family.
+    """
+    members = evaluation.families[family]
+    arms = {(arm.environment, arm.arm): arm for arm in evaluation.members}
+    algorithms = {(result.environment, result.algorithm): result for result in evaluation.algorithms}
+    rows = []
+    for name in row_names(evaluation, family):
+        found = [algorithms.get((member, name)) or arms[member, name] for member in members]
+        rows.append([name, *(_member_cell(result) for result in found)])
+    return rows
+
+
+def row_names(evaluation: Evaluation, environment: str) -> list[str]:
+    """Return the arms in order; the policies of an algorithm with several seeds stand as that algorithm."""
+    groups = {name: result for result in algorithms_of(evaluation, environment) for name in result.policies}
+    names = [groups[arm.arm].algorithm if arm.arm in groups else arm.arm for arm in arms_of(evaluation, environment)]
+    return list(dict.fromkeys(names))
 
 
 def environments(evaluation: Evaluation) -> list[str]:
@@ -43,16 +114,30 @@ def comparison_table(evaluation: Evaluation, environment: str) -> list[list[str]
     return [_row(arm) for arm in arms_of(evaluation, environment)]
 
 
+def full_table(evaluation: Evaluation, environment: str) -> list[list[str]]:
+    """Return the rows in the order of `headings`, the bandit's column included."""
+    if not _has_bandit(evaluation, environment):
+        return comparison_table(evaluation, environment)
+    arms = arms_of(evaluation, environment)
+    cells = [_versus(arm.return_over.get(BANDIT), 2) for arm in arms]
+    return [[*row[:8], cell, *row[8:]] for row, cell in zip(comparison_table(evaluation, environment), cells)]
+
+
 def title(evaluation: Evaluation, environment: str) -> str:
     """Return the heading of an environment's table: seeds, interval, and what the best fixed schedule is."""
     first = arms_of(evaluation, environment)[0].test_accuracy_percent
-    text = f"{environment}: {first.num_env_seeds} held-out environment seeds, 95 % intervals ({first.method})"
+    members = evaluation.families.get(environment, ())
+    mix = f" x {len(members)} members, pooled by seed" if members else ""
+    text = f"{environment}: {first.num_env_seeds} held-out environment seeds{mix}, 95 % intervals ({first.method})"
     for best in evaluation.best_fixed:
         if best.environment == environment:
             text += (
                 f"; best fixed: {best.description}, the best of {best.num_candidates} "
                 f"on {best.num_selection_seeds} selection seeds"
             )
+    for bandit in evaluation.bandits:
+        if bandit.environment == environment:
+            text += f"; bandit: {bandit.description}, {bandit.num_pulls} pulls of {bandit.num_arms} arms"
     return text
 
 
@@ -71,8 +156,15 @@ def interval_text(interval: Interval, digits: int = 1, *, signed: bool = True) -
 
 
 def findings(evaluation: Evaluation, environment: str) -> list[str]:
-    """Return one sentence per learned policy: over which controls its return is higher, lower, or undecided."""
-    return [_finding(arm) for arm in arms_of(evaluation, environment) if arm.group == "learned"]
+    """Return one sentence per learned policy: over which controls its return is higher, lower, or undecided.
+
+    An algorithm with several controller seeds has one sentence for all of them.
+    """
+    results = algorithms_of(evaluation, environment)
+    grouped = {name for result in results for name in result.policies}
+    single = [arm for arm in arms_of(evaluation, environment) if arm.group == "learned" and arm.arm not in grouped]
+    pooled = [_finding(f"{found.algorithm} ({len(found.policies)} seeds)", found.return_over) for found in results]
+    return [*pooled, *(_finding(arm.arm, arm.return_over) for arm in single)]
 
 
 def _row(arm: ArmResult) -> list[str]:
@@ -94,10 +186,38 @@ def _versus(interval: Interval | None, digits: int) -> str:
     return "–" if interval is None else interval_text(interval, digits)
 
 
-def _finding(arm: ArmResult) -> str:
+def _algorithm_row(result: AlgorithmResult) -> list[str]:
+    over = result.return_over
+    mishaps = ((result.num_diverged, "diverged"), (result.num_rolled_back, "rolled back"))
+    name = f"{result.algorithm} ×{len(result.policies)}"
+    predicted = result.predicted_return
+    return [
+        "\n".join([name, *(f"{count} {what}" for count, what in mishaps if count)]),
+        interval_text(result.test_accuracy_percent, 1, signed=False),
+        *(_versus(result.gain_over.get(reference), 1) for reference in ("never-act", "best-fixed")),
+        interval_text(result.mean_return, 2),
+        interval_text(result.iqm_return, 2),
+        *(_versus(over.get(reference), 2) for reference in (*REFERENCES[1:], BANDIT)),
+        _versus(result.iqm_return_over.get("best-fixed"), 2),
+        "–" if predicted is None else number(predicted, 2, signed=True),
+        f"×{result.growth_factor:.2f}\n{result.train_gflops:.3g}",
+    ]
+
+
+def _member_cell(result: ArmResult | AlgorithmResult) -> str:
+    mean = number(result.mean_return.mean, 2, signed=True)
+    over = result.return_over.get("best-fixed")
+    return mean if over is None else f"{mean}\n({number(over.mean, 2, signed=True)})"
+
+
+def _has_bandit(evaluation: Evaluation, environment: str) -> bool:
+    return any(bandit.environment == environment for bandit in evaluation.bandits)
+
+
+def _finding(name: str, return_over: Mapping[str, Interval]) -> str:
     verdicts: dict[str, list[str]] = {"higher than": [], "lower than": [], "not distinguishable from": []}
-    for name in REFERENCES:
-        interval = arm.return_over.get(name)
+    for reference in (*REFERENCES, BANDIT):
+        interval = return_over.get(reference)
         if interval is None:
             continue
         if interval.low > 0:
@@ -106,9 +226,9 @@ def _finding(arm: ArmResult) -> str:
             word = "lower than"
         else:
             word = "not distinguishable from"
-        verdicts[word].append(f"{name} ({number(interval.mean, 2, signed=True)})")
+        verdicts[word].append(f"{reference} ({number(interval.mean, 2, signed=True)})")
     parts = [f"{word} {_listed(names)}" for word, names in verdicts.items() if names]
-    return f"{arm.arm}: its return is {'; '.join(parts)}."
+    return f"{name}: its return is {'; '.join(parts)}."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -120,6 +120,40 @@ class ScheduleSampler(Spec):
         return self.id_without("num_plans")
 
 
+class TrialKeep(Spec):
+    """Tries one seed in each of several slots in isolation at once, then blends one of them and prunes the others.
+
+    While the seeds incubate the host stays what it is, and each shows by its shadow probes what it would bring. Which
+    of them it keeps is told in advance (so that every choice is in the data, whatever the probes said) or read off the
+    probes. Its action is certain, so under epsilon its probabilities are exact.
+
+    Attributes:
+        slots: Where seeds are tried, in the order of their birth, one a step. A single one is a plan with a
+            probability: it germinates there at once and is kept.
+        blueprint: What is tried; on a host of the other topology its counterpart.
+        incubation_epochs: Epochs that the last seed to be born trains before one is kept.
+        keep: A slot among `slots`; or `largest`, the one with the largest drop of the validation loss in its probe.
+        tempo_epochs: Epochs over which the kept one is blended.
+    """
+
+    kind: Literal["trial"] = "trial"
+    name: str
+    slots: Annotated[tuple[Annotated[int, Field(ge=0, lt=MAX_SLOTS)], ...], Field(min_length=1)]
+    blueprint: str = "conv_heavy"
+    incubation_epochs: Annotated[int, Field(ge=1)] = 5
+    keep: Annotated[int, Field(ge=0, lt=MAX_SLOTS)] | Literal["largest"] = "largest"
+    tempo_epochs: Literal[3, 5, 8, 12] = 3
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _check_blueprint(self.blueprint)
+        if len(set(self.slots)) != len(self.slots):
+            raise ValueError(f"slots {list(self.slots)} names one twice")
+        if self.keep != "largest" and self.keep not in self.slots:
+            raise ValueError(f"slot {self.keep} cannot be kept: only slots {list(self.slots)} are tried")
+        return self
+
+
 class LearnedPolicy(Spec):
     """A checkpoint: `digest` is the SHA-256 of its weights, `sampled` draws from the policy instead of its argmax."""
 
@@ -136,7 +170,7 @@ class LearnedPolicy(Spec):
 
 
 ControllerSpec = Annotated[
-    NeverAct | UniformRandom | Heuristic | FixedSchedule | ScheduleSampler | LearnedPolicy,
+    NeverAct | UniformRandom | Heuristic | FixedSchedule | ScheduleSampler | TrialKeep | LearnedPolicy,
     Field(discriminator="kind"),
 ]
 

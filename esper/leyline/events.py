@@ -22,6 +22,7 @@ class EventKind(StrEnum):
     PPO_UPDATE = "ppo.update"
     HEALTH_CHECKED = "health.checked"
     EVALUATED = "evaluation.ended"
+    OPE_ENDED = "ope.ended"
     EPISODE_STARTED = "episode.started"
     EPISODE_EPOCH = "episode.epoch"
     EPISODE_ENDED = "episode.ended"

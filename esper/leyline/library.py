@@ -20,6 +20,7 @@ KINDS = {
     "families": "family",
     "rewards": "reward",
     "recipes": "recipe",
+    "grids": "grid",
     "pipelines": "pipeline",
     "queries": "saved query",
     "views": "view",

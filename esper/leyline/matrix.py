@@ -1,12 +1,12 @@
-"""Matrices (which episodes to generate) and pipelines (everything from a matrix to a report)."""
+"""Matrices: which episodes to generate."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from esper.leyline.actions import (
     ACTION_WIDTH,
@@ -21,7 +21,14 @@ from esper.leyline.actions import (
     is_canonical,
 )
 from esper.leyline.blueprint_names import blueprint_code, check_blueprint
-from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS, ControllerSpec, ScheduleSampler, UniformRandom, behaviour
+from esper.leyline.controller_specs import (
+    ELEVEN_BEHAVIOURS,
+    ControllerSpec,
+    ScheduleSampler,
+    TrialKeep,
+    UniformRandom,
+    behaviour,
+)
 from esper.leyline.errors import SpecError, UnknownNameError
 from esper.leyline.host_specs import BLUEPRINTS, Topology
 from esper.leyline.identity import SELECTION_START, EpisodeIdentity, Role, Root, check_replicate, env_seed
@@ -31,7 +38,10 @@ from esper.leyline.specs import EnvironmentSpec
 
 
 class Cell(Spec):
-    """One environment's row of a matrix: behaviours x epsilons, plus explorers, on `replicates` environment seeds."""
+    """One environment's row of a matrix: behaviours and trials x epsilons, plus explorers, on `replicates` env_seeds.
+
+    Where there are no trials the cell has the id of one before there were any.
+    """
 
     environment: str
     reward: str
@@ -40,6 +50,7 @@ class Cell(Spec):
     temperature: Annotated[float, Field(gt=0)] | None = None
     repetitions: Annotated[int, Field(ge=1)] = 1
     explorers: Annotated[int, Field(ge=0)] = 0
+    trials: tuple[TrialKeep, ...] = ()
     first_replicate: Annotated[int, Field(ge=0)] = 0
     replicates: Annotated[int, Field(ge=1)]
 
@@ -53,7 +64,17 @@ class Cell(Spec):
             raise ValueError(
                 f"replicates reach {self.first_replicate + self.replicates}; data ends at {SELECTION_START}"
             )
+        trials = [trial.name for trial in self.trials]
+        if len(set(trials)) != len(trials) or set(trials) & set(ELEVEN_BEHAVIOURS):
+            raise ValueError(f"trials {trials} need names of their own")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_trials(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = serialize(self)
+        if not self.trials:
+            fields.pop("trials", None)
+        return fields
 
 
 _LEVERS = ("blueprint", "blend", "tempo_epochs", "dwell_epochs", "isolation", "seed_lr_factor")
@@ -193,7 +214,7 @@ class MatrixSpec(Spec):
         if len(set(names)) != len(names):
             raise ValueError(f"an environment appears in two cells: {names}")
         for cell in self.cells:
-            if not cell.behaviours and not cell.explorers:
+            if not cell.behaviours and not cell.explorers and not cell.trials:
                 raise ValueError(f"cell {cell.environment!r} plans no episode")
             for name in cell.behaviours:
                 behaviour(name)
@@ -300,7 +321,7 @@ def explorer(pool: str, num_plans: int, environment: EnvironmentSpec) -> Schedul
 
 
 def plan_episodes(cell: Cell, environment: EnvironmentSpec, pool: str) -> tuple[PlannedEpisode, ...]:
-    """Return the episodes of one cohort of a cell: the row of behaviours x epsilons, then the explorers."""
+    """Return the episodes of one cohort of a cell: behaviours x epsilons, trials x epsilons, then the explorers."""
     planned = []
     for name in cell.behaviours:
         spec = behaviour(name)
@@ -311,52 +332,13 @@ def plan_episodes(cell: Cell, environment: EnvironmentSpec, pool: str) -> tuple[
                 planned.append(
                     PlannedEpisode(controller=spec, epsilon=epsilon, temperature=temperature, repetition=repetition)
                 )
+    planned += [
+        PlannedEpisode(controller=trial, epsilon=epsilon, repetition=repetition)
+        for trial in cell.trials
+        for epsilon in cell.epsilons
+        for repetition in range(cell.repetitions if epsilon else 1)
+    ]
     if cell.explorers:
         sampler = explorer(pool, cell.explorers, environment)
         planned += [PlannedEpisode(controller=sampler, repetition=plan) for plan in range(cell.explorers)]
     return tuple(planned)
-
-
-class PpoSettings(Spec):
-    """How far PPO goes in a pipeline; what it is stands with the learner."""
-
-    updates: Annotated[int, Field(ge=1)] = 10
-    episodes_per_update: Annotated[int, Field(ge=1)] = 16
-    env_seeds_per_update: Annotated[int, Field(ge=1)] = 4
-
-
-class EvaluationCell(Spec):
-    """One environment's evaluation: held-out seeds, and the schedules among which the best fixed one is chosen."""
-
-    environment: str
-    reward: str
-    env_seeds: Annotated[int, Field(ge=2)]
-    selection_seeds: Annotated[int, Field(ge=2)]
-
-
-class ControlBounds(Spec):
-    """What a healthy run shows on one environment; outside of it the engine is wrong."""
-
-    environment: str
-    never_act_percent: tuple[float, float] | None = None
-    best_fixed_gain_points: tuple[float, float]
-    best_fixed_lower_bound_points: float | None = None
-
-
-class PipelineSpec(Spec):
-    """From a matrix to a report."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z0-9-]{1,40}$")]
-    matrix: str
-    algorithms: tuple[Literal["bc", "iql", "cql"], ...] = ("bc", "iql", "cql")
-    training_seed: int = 0
-    ppo: PpoSettings | None = PpoSettings()
-    ppo_from: Literal["bc", "iql", "cql"] = "iql"
-    evaluation: tuple[EvaluationCell, ...]
-    controls: tuple[ControlBounds, ...] = ()
-
-    @model_validator(mode="after")
-    def _ppo_has_a_start(self) -> Self:
-        if self.ppo is not None and self.ppo_from not in self.algorithms:
-            raise ValueError(f"ppo_from {self.ppo_from!r} is not among the algorithms {self.algorithms}")
-        return self

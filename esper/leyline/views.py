@@ -2,7 +2,8 @@
 
 `v1` is the 27-number encoding of the imitation policy, `v3` the 23 + 31 per slot of the published recurrent policy
 (followed by one blueprint index per slot, -1 for none, for a learned embedding), `v4` adds indicators for unmeasured
-values and what a policy needs to transfer: host descriptors, optimiser, sizes, levers and shadow probes.
+values and what a policy needs to transfer: host descriptors, optimiser, sizes, levers and shadow probes. `v4-hidden` is
+`v4` with everything zero that says which host it is; what is measured on the host (curves, probes, gradients) stays.
 """
 
 from __future__ import annotations
@@ -350,6 +351,23 @@ def _build_v4(columns: Columns, step_N: NDArray[np.integer]) -> Named:
     return out
 
 
+HIDDEN_GLOBAL = ("log_host_params", "host_depth", "growth", "budget_left")
+HIDDEN_PER_SLOT = ("growth", "resolution", "channels", "kernel", "pool", "narrowed", "frozen")
+"""Columns of v4 that tell the host: its descriptors, and sizes relative to it (a known seed over an unknown host)."""
+
+HIDDEN_COLUMNS: frozenset[str] = frozenset(
+    [f"global_{name}" for name in HIDDEN_GLOBAL]
+    + [f"s{slot}_{name}" for slot in range(MAX_SLOTS) for name in HIDDEN_PER_SLOT]
+)
+
+
+def _build_v4_hidden(columns: Columns, step_N: NDArray[np.integer]) -> Named:
+    return [
+        (name, np.zeros_like(values) if name in HIDDEN_COLUMNS else values)
+        for name, values in _build_v4(columns, step_N)
+    ]
+
+
 def _make(name: str, build: Callable[[Columns, NDArray[np.integer]], Named], num_indices: int = 0) -> View:
     from esper.leyline.observations import FEATURE_COLUMNS
 
@@ -363,11 +381,12 @@ def _make(name: str, build: Callable[[Columns, NDArray[np.integer]], Named], num
 V1 = _make("v1", _build_v1)
 V3 = _make("v3", _build_v3(3), num_indices=3)
 V4 = _make("v4", _build_v4)
-VIEWS: dict[str, View] = {view.name: view for view in (V1, V3, V4)}
+V4_HIDDEN = _make("v4-hidden", _build_v4_hidden)
+VIEWS: dict[str, View] = {view.name: view for view in (V1, V3, V4, V4_HIDDEN)}
 
 NUM_GLOBAL_V4 = sum(name.startswith("global_") for name in V4.names)
 NUM_SLOT_V4 = (V4.width - NUM_GLOBAL_V4) // MAX_SLOTS
-"""v4 is one global block, then six slot blocks of this width."""
+"""v4, hidden or not, is one global block, then six slot blocks of this width."""
 
 
 def get_view(name: str) -> View:

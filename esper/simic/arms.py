@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from esper.leyline.comparison import Group
 from esper.leyline.errors import IntegrityError
 from esper.leyline.identity import Root
 from esper.leyline.matrix import CohortPlan, PlannedEpisode
@@ -20,32 +21,46 @@ NEVER_ACT = "never-act"
 RANDOM = "random"
 HEURISTIC_ARM = "heuristic"
 BEST_FIXED = "best-fixed"
+BANDIT = "bandit"
 BIGGER = "bigger"
 WIDER = "wider"
-CONTROL_ARMS = (NEVER_ACT, RANDOM, HEURISTIC_ARM, BEST_FIXED, BIGGER, WIDER)
-REFERENCES = (NEVER_ACT, HEURISTIC_ARM, BEST_FIXED)
-"""The arms to which every arm is compared."""
+CONTROL_ARMS = (NEVER_ACT, RANDOM, HEURISTIC_ARM, BEST_FIXED, BANDIT, BIGGER, WIDER)
+REFERENCES = (NEVER_ACT, HEURISTIC_ARM, BEST_FIXED, BANDIT)
+"""The arms to which every arm is compared, where they take part."""
 
-Group = Literal["control", "rule", "schedule", "from scratch", "learned"]
 Floats = NDArray[np.float64]
 
 RETURN_TOLERANCE = 1e-6
 ROOT_RETURN_TOLERANCE = 1e-4
 """Where an episode does not start as the host, its first potential comes from float32 columns."""
 
-_COLUMNS = [
-    "episode_id",
-    "root",
-    "outcome",
-    "final_val_accuracy",
-    "final_test_accuracy",
-    "control_final_val_accuracy",
-    "control_final_test_accuracy",
-    "control_valid",
-    "host_params",
-    "final_seed_params",
-    "train_flops",
-]
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "episodes": (
+        "episode_id",
+        "root",
+        "outcome",
+        "final_val_accuracy",
+        "final_test_accuracy",
+        "control_final_val_accuracy",
+        "control_final_test_accuracy",
+        "control_valid",
+        "host_params",
+        "final_seed_params",
+        "train_flops",
+    ),
+    "steps": (
+        "episode_id",
+        "step",
+        "is_last",
+        "val_accuracy",
+        "control_val_accuracy",
+        "seed_params",
+        "host_params",
+        "reward_accuracy_points",
+        "reward_growth_log2",
+    ),
+}
+"""All that is read of an episode."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,23 +95,35 @@ class Outcome:
     diverged: bool
     rolled_back: bool
 
+    @property
+    def growth_factor(self) -> float:
+        """Parameters over those of the bare host."""
+        return 1.0 + self.added_params / self.host_params
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellOutcomes:
-    """Outcomes of all arms on the environment seeds that count, in plan order."""
+    """Outcomes of all arms on the environment seeds that count, in plan order; `replicates` names those seeds."""
 
     by_arm: dict[str, list[Outcome]]
+    replicates: tuple[int, ...]
     num_control_invalid: int
     num_failed: int
 
     @property
     def num_env_seeds(self) -> int:
         """Environment seeds that count."""
-        return len(next(iter(self.by_arm.values())))
+        return len(self.replicates)
 
     def values(self, arm: str, field: str) -> Floats:
         """Return one field of an arm's outcomes, float64 [environment seeds]."""
         return np.array([getattr(outcome, field) for outcome in self.by_arm[arm]], dtype=np.float64)
+
+    def on(self, replicates: Sequence[int]) -> CellOutcomes:
+        """Return the outcomes on some of the environment seeds, in their order."""
+        places = [self.replicates.index(replicate) for replicate in replicates]
+        by_arm = {arm: [outcomes[place] for place in places] for arm, outcomes in self.by_arm.items()}
+        return replace(self, by_arm=by_arm, replicates=tuple(replicates))
 
 
 def planned_ids(arms: Sequence[Arm], plan: CohortPlan) -> dict[str, str]:
@@ -116,6 +143,7 @@ def cell_outcomes(
         IntegrityError: An episode is missing, a return is not the sum of its rewards, or never-act is not the trunk.
     """
     by_arm: dict[str, list[Outcome]] = {arm.name: [] for arm in arms}
+    replicates: list[int] = []
     num_control_invalid = num_failed = 0
     for plan, of_cohort in zip(plans, tables, strict=True):
         ids = planned_ids(arms, plan)
@@ -130,13 +158,19 @@ def cell_outcomes(
             _check_never_act_is_the_trunk(rows[ids[NEVER_ACT]])
         _check_returns(rows, of_cohort["steps"], reward)
         host_params = _bare_host_params(rows)
+        replicates.append(plan.replicate)
         for name, episode_id in ids.items():
             by_arm[name].append(_outcome(rows[episode_id], reward, host_params))
-    return CellOutcomes(by_arm=by_arm, num_control_invalid=num_control_invalid, num_failed=num_failed)
+    return CellOutcomes(
+        by_arm=by_arm,
+        replicates=tuple(replicates),
+        num_control_invalid=num_control_invalid,
+        num_failed=num_failed,
+    )
 
 
 def _rows(episodes: pa.Table, ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    found = {row["episode_id"]: row for row in episodes.select(_COLUMNS).to_pylist()}
+    found = {row["episode_id"]: row for row in episodes.select(COLUMNS["episodes"]).to_pylist()}
     missing = [episode_id for episode_id in ids if episode_id not in found]
     if missing:
         raise IntegrityError(

@@ -70,6 +70,8 @@ class Transitions:
         episode_N: Episode index, increasing; the rows of one episode are consecutive.
         return_N: Undiscounted return of the whole episode.
         logp_N: Joint log-probability that the behaviour gave the action; NaN where undefined.
+        episode_M: Episode of each state, numbered as in `episode_N`; an episode's states are consecutive and in order,
+            from its first one on, replayed ones and the last included. What recurrent networks read; None: not known.
         num_left_out: Episodes of the roles asked for that failed or have no valid control.
     """
 
@@ -88,6 +90,7 @@ class Transitions:
     episode_N: Ints
     return_N: Floats
     logp_N: Floats
+    episode_M: Ints | None = None
     num_left_out: int = 0
 
     def __len__(self) -> int:
@@ -100,7 +103,11 @@ class Transitions:
 
 
 def load_transitions(
-    version: Version, view: str, rewards: Mapping[str, RewardSpec], roles: Sequence[str] = (Role.DATA.value,)
+    version: Version,
+    view: str,
+    rewards: Mapping[str, RewardSpec],
+    roles: Sequence[str] = (Role.DATA.value,),
+    keep: pc.Expression | None = None,
 ) -> Transitions:
     """Return the one-step transitions of a sealed version.
 
@@ -112,6 +119,7 @@ def load_transitions(
         view: Observation view.
         rewards: The reward of each environment by its name.
         roles: Which episodes; selection and evaluation are refused.
+        keep: Which of them, as a condition on the columns of `episodes`; all where None.
 
     Raises:
         SpecError: A role that learners must not see, or no episode left.
@@ -123,7 +131,7 @@ def load_transitions(
         if role not in wanted:
             raise SpecError(f"episodes of role {role!r} are not for learning\n  expected: one of {sorted(wanted)}")
     episodes = version.table(
-        "episodes", columns=["episode_id", "role", "replicate", "outcome", "control_valid"], filter=None
+        "episodes", columns=["episode_id", "role", "replicate", "outcome", "control_valid"], filter=keep
     )
     episodes = episodes.filter(pc.is_in(episodes["role"], pa.array(list(roles))))
     usable = pc.and_(episodes["control_valid"], pc.not_equal(episodes["outcome"], "failed"))
@@ -165,6 +173,7 @@ def from_steps(steps: pa.Table, view: str, rewards: Mapping[str, RewardSpec]) ->
     mask = _masks(steps)
     actions = _actions(steps)
     decisions = np.flatnonzero(~is_last & ~_bools(steps["replayed"]))
+    episode = np.cumsum(np.diff(episode, prepend=-1) != 0) - 1
     _check_valid(actions[decisions], mask[decisions], decisions)
     return Transitions(
         view=view,
@@ -179,9 +188,10 @@ def from_steps(steps: pa.Table, view: str, rewards: Mapping[str, RewardSpec]) ->
         forced_N=is_forced(mask[decisions]),
         env_seed_N=_numbers(steps["env_seed"], pa.int64())[decisions],
         environment_N=environment[decisions],
-        episode_N=np.cumsum(np.diff(episode, prepend=-1) != 0)[decisions] - 1,
+        episode_N=episode[decisions],
         return_N=total[decisions],
         logp_N=_numbers(steps["behaviour_logp"], pa.float64())[decisions],
+        episode_M=episode,
     )
 
 

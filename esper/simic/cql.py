@@ -11,9 +11,10 @@ from torch import Tensor
 
 from esper.leyline.keys import derive_seed
 from esper.simic.batches import Transitions
-from esper.simic.learning import Fitted, LearnerSpec, OnLog, Stepper, track
-from esper.simic.replay import Batch, Replay
-from esper.simic.returns import n_step
+from esper.simic.learning import Fitted, LearnerSpec, Loop, OnLog, Stepper, held_out_mean, new_tree_net, track
+from esper.simic.replay import Batch, Replay, Weighting
+from esper.simic.resume import Progress
+from esper.simic.returns import n_step, returns_to_go
 from esper.tamiyo import tree_torch
 from esper.tamiyo.networks import TreeNet, seeded
 
@@ -28,8 +29,19 @@ class CqlRecipe(LearnerSpec):
     `leaves` weighs every leaf with 1, the textbook CQL(H), under which thousands of GERMINATE leaves against one WAIT
     make the penalty an argument about their number. A forced row has no penalty under either. The policy is the best
     action; sampled, every choice is a softmax of the best value below it over `temperature`.
+
+    With `monte_carlo_bound` the first term of the penalty is
+
+        max( log sum_a rho(a | s) exp Q(s, a),   log sum_a rho(a | s) exp G(s) )
+
+    G(s) being what the data's episode went on to earn from s: values are pushed down no further than the behaviour's
+    own, so that they have the scale of returns. Cal-QL takes max(Q(s, a), G(s)) for each action inside the sum, which
+    no factored Q can do exactly; this lower bound of that term is at most log 2 below it.
+
+    The network after all steps is the policy, since a held-out temporal difference does not tell which is best. With
+    `patience` the held-out L decides instead.
     Reference: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", NeurIPS 2020;
-    van Hasselt, Guez, Silver 2016 (double Q).
+    van Hasselt, Guez, Silver 2016 (double Q); Nakamoto et al., "Cal-QL", NeurIPS 2023 (the bound).
 
     Attributes:
         alpha: Weight of the penalty; 0 is double Q-learning.
@@ -42,37 +54,49 @@ class CqlRecipe(LearnerSpec):
     steps: Annotated[int, Field(ge=1)] = 2000
     alpha: Annotated[float, Field(ge=0)] = 0.5
     prior: Literal["hierarchical", "leaves"] = "hierarchical"
+    monte_carlo_bound: bool = False
     n_step: Annotated[int, Field(ge=1)] = 5
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     polyak: Annotated[float, Field(gt=0, le=1)] = 0.005
     temperature: Annotated[float, Field(gt=0)] = 0.1
 
 
-def conservative_gap(entries_NT: Tensor, batch: Batch, prior: Literal["hierarchical", "leaves"]) -> Tensor:
-    """Return log sum_a rho(a | s) exp Q(s, a) - Q(s, a of the data), [N]."""
-    chosen = tree_torch.path_sum(entries_NT, batch.action)
-    if prior == "hierarchical":
-        uniform = tree_torch.log_softmax(torch.zeros_like(entries_NT), batch.mask)
-        entries_NT = entries_NT + uniform.masked_fill(~batch.mask, 0.0)
-    return tree_torch.logsumexp(entries_NT, batch.mask) - chosen
+def conservative_gap(network: TreeNet, entries: Tensor, batch: Batch, recipe: CqlRecipe) -> Tensor:
+    """Return log sum_a rho(a | s) exp Q(s, a) - Q(s, a of the data), [N], the first term bounded where asked for."""
+    prior = None
+    if recipe.prior == "hierarchical":
+        prior = tree_torch.log_softmax(entries.new_zeros(batch.mask.shape), batch.mask)
+    soft = network.log_sum(entries, batch.mask, prior)
+    if recipe.monte_carlo_bound:
+        weight = network.log_sum(torch.zeros_like(entries), batch.mask, prior)
+        soft = torch.where(batch.forced, soft, torch.maximum(soft, batch.to_go + weight))
+    return soft - network.of_action(entries, batch.action)
 
 
 def double_q_target(online: TreeNet, slow: TreeNet, batch: Batch) -> Tensor:
     """Return R_n + discount * Qbar(s', argmax Q(s', .)), [N], without gradient."""
     with torch.no_grad():
-        best = tree_torch.argmax(online(batch.next_obs), batch.next_mask)
-        return batch.reward + batch.discount * tree_torch.path_sum(slow(batch.next_obs), best)
+        best = online.best(online(batch.next_obs), batch.next_mask)
+        return batch.reward + batch.discount * slow.of_action(slow(batch.next_obs), best)
 
 
 def cql_losses(online: TreeNet, slow: TreeNet, batch: Batch, recipe: CqlRecipe) -> tuple[Tensor, Tensor]:
     """Return the temporal-difference loss and the mean penalty (without alpha)."""
     entries = online(batch.obs)
-    error = tree_torch.path_sum(entries, batch.action) - double_q_target(online, slow, batch)
-    return error.square().mean(), conservative_gap(entries, batch, recipe.prior).mean()
+    error = online.of_action(entries, batch.action) - double_q_target(online, slow, batch)
+    return error.square().mean(), conservative_gap(online, entries, batch, recipe).mean()
 
 
-def fit_cql(train: Transitions, held_out: Transitions, recipe: CqlRecipe, *, seed: int, on_log: OnLog) -> Fitted:
-    """Return the Q network after all steps.
+def fit_cql(
+    train: Transitions,
+    held_out: Transitions,
+    recipe: CqlRecipe,
+    *,
+    seed: int,
+    on_log: OnLog,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Return the Q network after all steps; with `patience` the one with the lowest held-out loss.
 
     Args:
         train: One-step training rows, forced ones included.
@@ -80,40 +104,45 @@ def fit_cql(train: Transitions, held_out: Transitions, recipe: CqlRecipe, *, see
         recipe: What to do.
         seed: Keys the initial weights and the minibatches.
         on_log: Receives step, td_loss, penalty and their held-out values.
+        progress: Where a killed run left off; None stores nothing.
     """
+
+    def replay_of(rows: Transitions, weighting: Weighting) -> Replay:
+        return Replay(
+            n_step(rows, recipe.n_step, recipe.gamma),
+            key=("cql", seed),
+            weighting=weighting,
+            temperature=recipe.weighting_temperature,
+            to_go_N=returns_to_go(rows, recipe.gamma) if recipe.monte_carlo_bound else None,
+            whole_episodes=recipe.network.trunk == "gru",
+        )
+
     with seeded(derive_seed("policy", seed)):
-        return _fit_cql(train, held_out, recipe, seed, on_log)
+        reads = {"head": "values", "temperature": recipe.temperature}
+        online = new_tree_net(recipe.network.model_copy(update=reads), train)
+        slow = deepcopy(online).eval()
+        replay = replay_of(train, recipe.weighting)
+        check = replay_of(held_out, "none") if len(held_out) else None
+        stepper = Stepper(
+            online.parameters(), learning_rate=recipe.learning_rate, clip=recipe.gradient_clip, steps=recipe.steps
+        )
 
+        def update() -> dict[str, float]:
+            td, penalty = cql_losses(online, slow, replay.sample(recipe.batch_size), recipe)
+            stepper.step(td + recipe.alpha * penalty, "Q")
+            track(slow, online, recipe.polyak)
+            return {"td_loss": float(td.detach()), "penalty": float(penalty.detach())}
 
-def _fit_cql(train: Transitions, held_out: Transitions, recipe: CqlRecipe, seed: int, on_log: OnLog) -> Fitted:
-    spec = recipe.network.model_copy(update={"head": "values", "temperature": recipe.temperature})
-    online = TreeNet(spec)
-    online.encoder.normaliser.fit(torch.from_numpy(train.obs_MV[train.state_N]))
-    slow = deepcopy(online).eval()
-    replay = Replay(
-        n_step(train, recipe.n_step, recipe.gamma),
-        key=("cql", seed),
-        weighting=recipe.weighting,
-        temperature=recipe.weighting_temperature,
-    )
-    check = None
-    if len(held_out):
-        check = Replay(n_step(held_out, recipe.n_step, recipe.gamma), key=("cql", seed)).rows()
-    stepper = Stepper(
-        online.parameters(), learning_rate=recipe.learning_rate, clip=recipe.gradient_clip, steps=recipe.steps
-    )
-    metrics: dict[str, float] = {}
-    for step in range(1, recipe.steps + 1):
-        td, penalty = cql_losses(online, slow, replay.sample(recipe.batch_size), recipe)
-        stepper.step(td + recipe.alpha * penalty, "Q")
-        track(slow, online, recipe.polyak)
-        if step % recipe.log_every == 0 or step == recipe.steps:
-            metrics = {"step": float(step), "td_loss": float(td.detach()), "penalty": float(penalty.detach())}
-            if check is not None:
-                online.eval()
-                with torch.no_grad():
-                    held_td, held_penalty = cql_losses(online, slow, check, recipe)
-                online.train()
-                metrics |= {"held_out_td_loss": float(held_td), "held_out_penalty": float(held_penalty)}
-            on_log(metrics)
+        def measure(rows: Replay) -> tuple[dict[str, float], float]:
+            td, penalty = held_out_mean(rows, lambda part: cql_losses(online, slow, part, recipe))
+            return {"held_out_td_loss": td, "held_out_penalty": penalty}, td + recipe.alpha * penalty
+
+        metrics = Loop(phase="policy", recipe=recipe, steps=recipe.steps).run(
+            online,
+            update,
+            None if check is None else lambda: measure(check),
+            {"slow": slow, "stepper": stepper, "replay": replay},
+            on_log=on_log,
+            progress=progress,
+        )
     return Fitted(online.eval(), metrics)

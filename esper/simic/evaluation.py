@@ -9,61 +9,52 @@ from datetime import UTC, datetime
 
 import pyarrow as pa
 
-from esper.leyline.comparison import ArmResult, BestFixed, ControlResult, Evaluation
-from esper.leyline.controller_specs import HEURISTIC, ControllerSpec, LearnedPolicy, NeverAct, UniformRandom
-from esper.leyline.errors import ControlError, IntegrityError, SpecError, unknown_name
+from esper.leyline.comparison import (
+    AlgorithmResult,
+    ArmResult,
+    BanditResult,
+    BestFixed,
+    ControlResult,
+    Evaluation,
+    Group,
+)
+from esper.leyline.controller_specs import (
+    HEURISTIC,
+    ControllerSpec,
+    FixedSchedule,
+    LearnedPolicy,
+    NeverAct,
+    TrialKeep,
+    UniformRandom,
+)
+from esper.leyline.errors import SpecError, unknown_name
 from esper.leyline.identity import EVALUATION_START, SELECTION_START, Role, Root
-from esper.leyline.library import load, load_environment
-from esper.leyline.matrix import CohortPlan, ControlBounds, EvaluationCell, PlannedEpisode
-from esper.leyline.rewards import RewardSpec
+from esper.leyline.matrix import PlannedEpisode
+from esper.leyline.pipelines import ControlBounds, EvaluationCell
 from esper.leyline.specs import EnvironmentSpec
 from esper.leyline.verdict import Level
-from esper.simic.arms import (
-    BEST_FIXED,
-    BIGGER,
-    CONTROL_ARMS,
-    HEURISTIC_ARM,
-    NEVER_ACT,
-    RANDOM,
-    REFERENCES,
-    WIDER,
-    Arm,
-    CellOutcomes,
-    Group,
-    cell_outcomes,
-)
+from esper.simic.arms import BANDIT, BEST_FIXED, BIGGER, CONTROL_ARMS, HEURISTIC_ARM, NEVER_ACT, RANDOM, WIDER, Arm
+from esper.simic.bandit import run_bandit
+from esper.simic.comparing import algorithm_results, arm_results, bound_controls, seed_controls
+from esper.simic.contest import Contest, Field, Outcomes, Runner, carry_out, contest, open_field
 from esper.simic.schedules import candidate_schedules, describe
-from esper.simic.statistics import mean_interval, paired_interval
 
-Runner = Callable[[Sequence[CohortPlan]], list[dict[str, pa.Table]]]
-"""Carries out cohorts; results in plan order."""
+OnTables = Callable[[dict[str, pa.Table]], None]
+Predicted = Mapping[str, Mapping[str, float]]
 
 WiderFactor = Callable[[EnvironmentSpec, float], float]
 """The host's width factor whose training operations an epoch come to a number."""
 
 BIGGER_BLUEPRINT = "conv_heavy"
-MAX_LEFT_OUT_SHARE = 0.2
-"""Where more trunks than this diverge or roll back, it is the environment that does not train."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contest:
-    """The arms that meet on one environment, and the cohorts in which they do."""
-
-    cell: EvaluationCell
-    environment: EnvironmentSpec
-    reward: RewardSpec
-    arms: tuple[Arm, ...]
-    plans: tuple[CohortPlan, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pick:
-    """The best fixed schedule of an environment, and what training with it costs."""
+    """The best fixed schedule of a field, and what training with it costs an epoch, by environment."""
 
-    arm: Arm
+    schedule: FixedSchedule
     result: BestFixed
-    train_flops_per_epoch: float
+    train_flops_per_epoch: dict[str, float]
 
 
 def evaluate(
@@ -75,25 +66,31 @@ def evaluate(
     dataset: str,
     version: int,
     verdict: Level | None,
-    on_tables: Callable[[dict[str, pa.Table]], None],
+    on_tables: OnTables,
     wider_factor: WiderFactor | None = None,
+    predicted: Predicted | None = None,
 ) -> Evaluation:
     """Compare learned policies with every control on held-out environment seeds.
 
-    The best fixed schedule is chosen by mean return on selection seeds (replicates from 100,000); all arms then meet
-    on evaluation seeds (from 200,000), one cohort each. Environment seeds whose trunk diverged or rolled back, or with
-    a failed episode, are left out for all arms alike, and counted among the controls.
+    The best fixed schedule is chosen by mean return on selection seeds (replicates from 100,000), and so is what the
+    schedule bandit settles on; all arms then meet on evaluation seeds (from 200,000), one cohort each. On a family both
+    are one schedule for all its members. Environment seeds whose trunk diverged or rolled back, or with a failed
+    episode, are left out for all arms alike, and counted among the controls.
 
     Args:
-        cells: One environment each.
-        policies: Learned policies by the name of their arm; they act by their argmax.
+        cells: One environment or one family each.
+        policies: Learned policies by the name of their arm; they act by their argmax. Names that differ in `-s0`,
+            `-s1`, ... alone are controller seeds of one algorithm.
         run: Carries out cohorts, in this process or on workers.
         bounds: What a healthy run shows; judged here, enforced by the caller (`Evaluation.failed_controls`).
         dataset: Name of the dataset that the policies learned from.
         version: Its version.
         verdict: Its verdict.
-        on_tables: Called with the tables of every cohort before they are judged.
+        on_tables: Called with the tables of every cohort before they are judged; pulls of the bandit are not among
+            them.
         wider_factor: `esper.tolaria.cost.wider_factor` where None.
+        predicted: What off-policy evaluation says of the policies, by name and environment: shown beside what they
+            came to, on a family where it speaks of every member.
 
     Raises:
         SpecError: Nothing to evaluate, a policy named like a control, or bounds of an environment not evaluated.
@@ -103,27 +100,70 @@ def evaluate(
     started = time.perf_counter()
     _check_request(cells, policies, bounds)
     match = wider_factor if wider_factor is not None else _tolaria_wider_factor()
-    selections = [_selection(cell) for cell in cells]
-    selected = _carry_out(selections, run, on_tables)
-    picks = [_pick(contest, outcomes) for contest, outcomes in zip(selections, selected)]
-    contests = [_evaluation(contest, pick, policies, match) for contest, pick in zip(selections, picks)]
-    results: list[ArmResult] = []
-    controls: list[ControlResult] = []
-    for contest, outcomes in zip(contests, _carry_out(contests, run, on_tables)):
-        of_cell = [_arm_result(contest, arm, outcomes) for arm in contest.arms]
-        results += of_cell
-        controls += _seed_controls(contest, outcomes)
-        controls += _bound_controls(contest, bounds, {result.arm: result for result in of_cell})
+    fields = [open_field(cell) for cell in cells]
+    selections = [_selection(field) for field in fields]
+    picks = [_pick(held, found) for held, found in zip(selections, carry_out(selections, run, on_tables))]
+    bandits = [_bandit(field, run) for field in fields]
+    contests = [
+        contest(
+            field,
+            _arms(pick, None if bandit is None else bandit[0], field.cell.trials, policies, match),
+            _held_out(field),
+        )
+        for field, pick, bandit in zip(fields, picks, bandits)
+    ]
+    table = _Table(predicted or {})
+    for held, outcomes in zip(contests, carry_out(contests, run, on_tables)):
+        table.add(held, outcomes, bounds)
     return Evaluation(
         dataset=dataset,
         version=version,
         verdict=verdict,
-        arms=tuple(results),
+        arms=tuple(table.arms),
+        members=tuple(table.members),
+        algorithms=tuple(table.algorithms),
+        families={field.name: tuple(member.name for member in field.members) for field in fields if field.is_family},
         best_fixed=tuple(pick.result for pick in picks),
-        controls=tuple(controls),
+        bandits=tuple(bandit[1] for bandit in bandits if bandit is not None),
+        controls=tuple(table.controls),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         wall_s=time.perf_counter() - started,
     )
+
+
+class _Table:
+    """The rows of an evaluation as they come in."""
+
+    def __init__(self, predicted: Predicted) -> None:
+        self.predicted = predicted
+        self.arms: list[ArmResult] = []
+        self.members: list[ArmResult] = []
+        self.algorithms: list[AlgorithmResult] = []
+        self.controls: list[ControlResult] = []
+
+    def add(self, held: Contest, outcomes: Outcomes, bounds: Sequence[ControlBounds]) -> None:
+        """Add the rows of one contest: pooled, then member by member."""
+        name = held.field.name
+        predicted = self._predicted([member.name for member in held.field.members])
+        pooled = arm_results(name, held.arms, outcomes, predicted)
+        self.arms += pooled
+        self.algorithms += algorithm_results(name, held.arms, outcomes, predicted)
+        self.controls += seed_controls(held, outcomes)
+        self.controls += bound_controls(held, bounds, {result.arm: result for result in pooled})
+        if held.field.is_family:
+            for index, meeting in enumerate(held.meetings):
+                own, member = outcomes.member(index), meeting.environment.name
+                predicted = self._predicted([member])
+                self.members += arm_results(member, meeting.arms, own, predicted)
+                self.algorithms += algorithm_results(member, meeting.arms, own, predicted)
+
+    def _predicted(self, members: Sequence[str]) -> dict[str, float]:
+        """The mean over some environments, where all of them are spoken of."""
+        return {
+            policy: sum(values[member] for member in members) / len(members)
+            for policy, values in self.predicted.items()
+            if all(member in values for member in members)
+        }
 
 
 def _check_request(
@@ -132,9 +172,13 @@ def _check_request(
     names = [cell.environment for cell in cells]
     if not names or len(set(names)) != len(names):
         raise SpecError(f"cannot evaluate on environments {names}\n  expected: at least one, each of them once")
-    for name in policies:
-        if name in CONTROL_ARMS:
-            raise SpecError(f"a policy cannot be called {name!r}\n  that is the name of a control; choose another")
+    trials = {trial.name for cell in cells for trial in cell.trials}
+    for name in (*policies, *trials):
+        if name in CONTROL_ARMS or (name in policies and name in trials):
+            raise SpecError(
+                f"a policy or trial cannot be called {name!r}\n"
+                "  that is the name of a control or of another arm; choose another"
+            )
     for bound in bounds:
         if bound.environment not in names:
             raise unknown_name("evaluated environment", bound.environment, names)
@@ -146,43 +190,38 @@ def _tolaria_wider_factor() -> WiderFactor:
     return wider_factor
 
 
-def _contest(
-    cell: EvaluationCell,
-    environment: EnvironmentSpec,
-    reward: RewardSpec,
-    arms: Sequence[Arm],
-    *,
-    replicates: range,
-) -> Contest:
-    """Plan one cohort per environment seed with every distinct episode of the arms."""
-    plans = []
-    for replicate in replicates:
-        plan = CohortPlan(
-            environment=environment, reward=reward, replicate=replicate, episodes=tuple(arm.episode for arm in arms)
-        )
-        distinct = dict(zip(plan.episode_ids(), plan.episodes))
-        plans.append(plan.model_copy(update={"episodes": tuple(distinct.values())}))
-    return Contest(cell=cell, environment=environment, reward=reward, arms=tuple(arms), plans=tuple(plans))
+def _held_out(field: Field) -> range:
+    return range(EVALUATION_START, EVALUATION_START + field.cell.env_seeds)
 
 
-def _selection(cell: EvaluationCell) -> Contest:
-    environment = load_environment(cell.environment)
+def _selection(field: Field) -> Contest:
+    """The candidates for the best fixed schedule: those of the member with the fewest slots serve all."""
+    smallest = min(field.members, key=lambda member: int(member.enabled_slots.sum()))
     arms = [
         Arm(
             name=schedule.name,
             group="schedule",
             episode=PlannedEpisode(controller=schedule, role=Role.SELECTION),
         )
-        for schedule in candidate_schedules(environment)
+        for schedule in candidate_schedules(smallest)
     ]
-    reward = load("rewards", cell.reward, RewardSpec)
-    replicates = range(SELECTION_START, SELECTION_START + cell.selection_seeds)
-    return _contest(cell, environment, reward, arms, replicates=replicates)
+    return contest(field, lambda member: arms, range(SELECTION_START, SELECTION_START + field.cell.selection_seeds))
 
 
-def _evaluation(selection: Contest, pick: Pick, policies: Mapping[str, LearnedPolicy], match: WiderFactor) -> Contest:
-    environment = selection.environment
-    factor = match(environment, pick.train_flops_per_epoch)
+def _bandit(field: Field, run: Runner) -> tuple[FixedSchedule, BanditResult] | None:
+    if field.cell.bandit is None:
+        return None
+    return run_bandit(field.name, field.cell.bandit, field.members, field.reward, run)
+
+
+def _arms(
+    pick: Pick,
+    bandit: FixedSchedule | None,
+    trials: Sequence[TrialKeep],
+    policies: Mapping[str, LearnedPolicy],
+    match: WiderFactor,
+) -> Callable[[EnvironmentSpec], list[Arm]]:
+    """The arms of a field's members; the wider host differs between them."""
 
     def arm(name: str, group: Group, controller: ControllerSpec, *, epsilon: float = 0.0, root: str = "") -> Arm:
         planned = PlannedEpisode(
@@ -190,123 +229,43 @@ def _evaluation(selection: Contest, pick: Pick, policies: Mapping[str, LearnedPo
         )
         return Arm(name=name, group=group, episode=planned)
 
-    arms = [
-        arm(NEVER_ACT, "control", NeverAct()),
-        arm(RANDOM, "control", UniformRandom(), epsilon=1.0),
-        arm(HEURISTIC_ARM, "rule", HEURISTIC),
-        arm(BEST_FIXED, "schedule", pick.arm.episode.controller),
-        arm(BIGGER, "from scratch", NeverAct(), root=f"{Root.BIGGER.value}:{BIGGER_BLUEPRINT}"),
-        arm(WIDER, "from scratch", NeverAct(), root=f"{Root.WIDER.value}:{factor}"),
-        *(arm(name, "learned", policy.model_copy(update={"sampled": False})) for name, policy in policies.items()),
-    ]
-    replicates = range(EVALUATION_START, EVALUATION_START + selection.cell.env_seeds)
-    return _contest(selection.cell, environment, selection.reward, arms, replicates=replicates)
+    def of(environment: EnvironmentSpec) -> list[Arm]:
+        factor = match(environment, pick.train_flops_per_epoch[environment.name])
+        return [
+            arm(NEVER_ACT, "control", NeverAct()),
+            arm(RANDOM, "control", UniformRandom(), epsilon=1.0),
+            arm(HEURISTIC_ARM, "rule", HEURISTIC),
+            arm(BEST_FIXED, "schedule", pick.schedule),
+            *([] if bandit is None else [arm(BANDIT, "schedule", bandit)]),
+            *(arm(trial.name, "rule", trial) for trial in trials),
+            arm(BIGGER, "from scratch", NeverAct(), root=f"{Root.BIGGER.value}:{BIGGER_BLUEPRINT}"),
+            arm(WIDER, "from scratch", NeverAct(), root=f"{Root.WIDER.value}:{factor}"),
+            *(arm(name, "learned", policy.model_copy(update={"sampled": False})) for name, policy in policies.items()),
+        ]
+
+    return of
 
 
-def _carry_out(
-    contests: Sequence[Contest], run: Runner, on_tables: Callable[[dict[str, pa.Table]], None]
-) -> list[CellOutcomes]:
-    """Run the cohorts of all contests in one go, so that workers stay busy, and read them contest by contest."""
-    plans = [plan for contest in contests for plan in contest.plans]
-    tables = run(plans)
-    if len(tables) != len(plans):
-        raise IntegrityError(f"{len(plans)} cohorts were asked for and {len(tables)} came back")
-    for of_cohort in tables:
-        on_tables(of_cohort)
-    rest = iter(tables)
-    found = []
-    for contest in contests:
-        outcomes = cell_outcomes(contest.arms, contest.reward, contest.plans, [next(rest) for _ in contest.plans])
-        if outcomes.num_env_seeds < 2:
-            raise ControlError(
-                f"{contest.environment.name}: {outcomes.num_env_seeds} of {len(contest.plans)} environment seeds can "
-                f"be compared\n  found: {outcomes.num_control_invalid} without a valid control, "
-                f"{outcomes.num_failed} failed episodes\n  expected: at least two seeds whose trunk trains to the end"
-            )
-        found.append(outcomes)
-    return found
-
-
-def _pick(contest: Contest, outcomes: CellOutcomes) -> Pick:
+def _pick(held: Contest, outcomes: Outcomes) -> Pick:
     """The candidate with the highest mean return; the more promising one where two tie."""
-    means = {arm.name: float(outcomes.values(arm.name, "episode_return").mean()) for arm in contest.arms}
-    best = max(contest.arms, key=lambda arm: means[arm.name])
+    means = {arm.name: float(outcomes.values(arm.name, "episode_return").mean()) for arm in held.arms}
+    best = max(held.arms, key=lambda arm: means[arm.name])
     schedule = best.episode.controller
-    if schedule.kind != "schedule":
+    if not isinstance(schedule, FixedSchedule):
         raise SpecError(f"candidate {best.name!r} is a {schedule.kind}\n  expected: a fixed schedule")
+    flops = {
+        meeting.environment.name: float(member.values(best.name, "train_flops").mean()) / meeting.environment.horizon
+        for meeting, member in zip(held.meetings, outcomes.members)
+    }
     return Pick(
-        arm=best,
+        schedule=schedule,
         result=BestFixed(
-            environment=contest.environment.name,
+            environment=held.field.name,
             schedule=schedule.name,
             description=describe(schedule),
             selection_return=means[best.name],
-            num_candidates=len(contest.arms),
+            num_candidates=len(held.arms),
             num_selection_seeds=outcomes.num_env_seeds,
         ),
-        train_flops_per_epoch=float(outcomes.values(best.name, "train_flops").mean()) / contest.environment.horizon,
+        train_flops_per_epoch=flops,
     )
-
-
-def _arm_result(contest: Contest, arm: Arm, outcomes: CellOutcomes) -> ArmResult:
-    environment = contest.environment.name
-    test = outcomes.values(arm.name, "test_percent")
-    returns = outcomes.values(arm.name, "episode_return")
-    added = outcomes.values(arm.name, "added_params")
-    key = ("evaluation", environment, arm.name)
-    others = [reference for reference in REFERENCES if reference != arm.name]
-    return ArmResult(
-        environment=environment,
-        arm=arm.name,
-        group=arm.group,
-        test_accuracy_percent=mean_interval(test, key=(*key, "test")),
-        mean_return=mean_interval(returns, key=(*key, "return")),
-        gain_over={
-            other: paired_interval(test, outcomes.values(other, "test_percent"), key=(*key, "test", other))
-            for other in others
-        },
-        return_over={
-            other: paired_interval(returns, outcomes.values(other, "episode_return"), key=(*key, "return", other))
-            for other in others
-        },
-        seed_params=float(added.mean()),
-        growth_factor=float(1.0 + (added / outcomes.values(arm.name, "host_params")).mean()),
-        train_gflops=float(outcomes.values(arm.name, "train_flops").mean()) / 1e9,
-        num_diverged=int(outcomes.values(arm.name, "diverged").sum()),
-        num_rolled_back=int(outcomes.values(arm.name, "rolled_back").sum()),
-    )
-
-
-def _control(environment: str, name: str, value: float, low: float, high: float) -> ControlResult:
-    return ControlResult(
-        environment=environment, name=name, value=value, low=low, high=high, passed=low <= value <= high
-    )
-
-
-def _seed_controls(contest: Contest, outcomes: CellOutcomes) -> list[ControlResult]:
-    """Whatever was left out of the comparison, and how much of it is tolerated."""
-    name = contest.environment.name
-    tolerated = float(int(MAX_LEFT_OUT_SHARE * len(contest.plans)))
-    return [
-        _control(name, "seeds without a valid control", outcomes.num_control_invalid, 0.0, tolerated),
-        _control(name, "failed episodes", outcomes.num_failed, 0.0, 0.0),
-    ]
-
-
-def _bound_controls(
-    contest: Contest, bounds: Sequence[ControlBounds], results: Mapping[str, ArmResult]
-) -> list[ControlResult]:
-    found = []
-    environment = contest.environment.name
-    best_gain = results[BEST_FIXED].gain_over[NEVER_ACT]
-    for bound in bounds:
-        if bound.environment != contest.cell.environment:
-            continue
-        if bound.never_act_percent is not None:
-            never = results[NEVER_ACT].test_accuracy_percent.mean
-            found.append(_control(environment, "never-act test accuracy (%)", never, *bound.never_act_percent))
-        found.append(_control(environment, "best fixed gain (points)", best_gain.mean, *bound.best_fixed_gain_points))
-        if bound.best_fixed_lower_bound_points is not None:
-            name = "lower 95 % bound of it (points)"
-            found.append(_control(environment, name, best_gain.low, bound.best_fixed_lower_bound_points, 100.0))
-    return found

@@ -13,25 +13,28 @@ from torch import Tensor, nn
 from esper.leyline.keys import derive_seed
 from esper.simic.batches import Floats, Transitions
 from esper.simic.cloning import clone
-from esper.simic.learning import Fitted, LearnerSpec, OnLog, Stepper, in_chunks, track
-from esper.simic.replay import Batch, Replay, row_weights, unforced
+from esper.simic.learning import Fitted, LearnerSpec, Loop, OnLog, Stepper, held_out_mean, new_tree_net, track
+from esper.simic.replay import Batch, Replay, Weighting, row_weights, unforced
+from esper.simic.resume import Progress
 from esper.simic.returns import n_step
-from esper.tamiyo import tree_torch
-from esper.tamiyo.networks import TreeNet, ValueNet, seeded
+from esper.tamiyo.networks import ValueNet, seeded
 
 
 class IqlRecipe(LearnerSpec):
     r"""Implicit Q-learning with advantage-weighted extraction.
 
         L_V  = E |tau - 1(u < 0)| u**2,              u = min_k Qbar_k(s, a) - V(s)
-        L_Q  = sum_k E (Q_k(s, a) - R_n - gamma**n (1 - done) V(s_(t+n)))**2
+        L_Q  = sum_k E (Q_k(s, a) - R_n - gamma**n (1 - done) V(s_(t+n)))**2,          k = 1, 2
         Qbar <- Qbar + polyak (Q - Qbar)
         L_pi = - E_unforced [ w log pi(a | s) ],     w = min(exp(beta A / sigma_A), largest_weight) / mean w
 
     with A = min_k Qbar_k(s, a) - V(s) and sigma_A its standard deviation. No action outside the data is ever valued, so
     masks matter to the policy alone. The policy is extracted after the values (it does not act on them), with fixed
-    weights, so that its held-out loss can choose the step. References: Kostrikov, Nair, Levine, "Offline Reinforcement
-    Learning with Implicit Q-Learning", ICLR 2022; Peng et al. 2019 (AWR).
+    weights, so that its held-out loss can choose the step. tau = 0.5 is the one-step variant: V is then the value of
+    the behaviour itself, and the policy one step of improvement over it. `patience` watches the held-out L_V + L_Q of
+    the values (whose targets move: a small patience stops them early), then the held-out L_pi of the policy.
+    References: Kostrikov, Nair, Levine, "Offline Reinforcement Learning with Implicit Q-Learning", ICLR 2022; Peng et
+    al. 2019 (AWR); Brandfonbrener et al. 2021 (one step).
 
     Attributes:
         steps: Gradient steps of the policy.
@@ -61,18 +64,17 @@ def expectile_loss(difference: Tensor, expectile: float) -> Tensor:
 class Values(nn.Module):
     """Two critics, their slow copies and a state value, with one normalisation."""
 
-    def __init__(self, recipe: IqlRecipe, obs_NV: Tensor) -> None:
+    def __init__(self, recipe: IqlRecipe, train: Transitions) -> None:
         super().__init__()
-        self.q1, self.q2 = TreeNet(recipe.network), TreeNet(recipe.network)
+        self.q1, self.q2 = new_tree_net(recipe.network, train), new_tree_net(recipe.network, train)
         self.v = ValueNet(recipe.network)
-        for net in (self.q1, self.q2, self.v):
-            net.encoder.normaliser.fit(obs_NV)
+        self.v.encoder.normaliser.load_state_dict(self.q1.encoder.normaliser.state_dict())
         self.slow1, self.slow2 = deepcopy(self.q1), deepcopy(self.q2)
 
     def slow_q(self, batch: Batch) -> Tensor:
         """Return min_k Qbar_k(s, a), without gradient."""
         with torch.no_grad():
-            both = [tree_torch.path_sum(net(batch.obs), batch.action) for net in (self.slow1, self.slow2)]
+            both = [net.of_action(net(batch.obs), batch.action) for net in (self.slow1, self.slow2)]
         return torch.minimum(*both)
 
     def losses(self, batch: Batch, expectile: float) -> tuple[Tensor, Tensor]:
@@ -80,7 +82,7 @@ class Values(nn.Module):
         loss_v = expectile_loss(self.slow_q(batch) - self.v(batch.obs), expectile)
         with torch.no_grad():
             target = batch.reward + batch.discount * self.v(batch.next_obs)
-        errors = [tree_torch.path_sum(net(batch.obs), batch.action) - target for net in (self.q1, self.q2)]
+        errors = [net.of_action(net(batch.obs), batch.action) - target for net in (self.q1, self.q2)]
         return loss_v, errors[0].square().mean() + errors[1].square().mean()
 
     def trained(self) -> list[nn.Parameter]:
@@ -89,55 +91,63 @@ class Values(nn.Module):
 
     def advantages(self, transitions: Transitions) -> Floats:
         """Return A(s, a) of every transition, [N]."""
-        obs = torch.from_numpy(transitions.obs_MV[transitions.state_N])
-        action = torch.from_numpy(transitions.action_NA)
-
-        def advantage(part: Tensor, act: Tensor) -> Tensor:
-            both = [tree_torch.path_sum(net(part), act) for net in (self.slow1, self.slow2)]
-            return torch.minimum(*both) - cast(Tensor, self.v(part))
-
-        return in_chunks(advantage, obs, action).double().numpy()
+        replay = Replay(transitions, key=("iql",), whole_episodes=self.q1.spec.trunk == "gru")
+        with torch.no_grad():
+            parts = [self.slow_q(part) - cast(Tensor, self.v(part.obs)) for part in replay.chunks()]
+        return torch.cat(parts).double().numpy()
 
 
 def fit_values(
-    train: Transitions, held_out: Transitions, recipe: IqlRecipe, *, seed: int, on_log: OnLog
+    train: Transitions,
+    held_out: Transitions,
+    recipe: IqlRecipe,
+    *,
+    seed: int,
+    on_log: OnLog,
+    progress: Progress | None = None,
 ) -> tuple[Values, dict[str, float]]:
     """Return Q and V after `value_steps`, and the last measured losses (held-out ones where there is a hold-out)."""
+
+    def replay_of(rows: Transitions, weighting: Weighting) -> Replay:
+        return Replay(
+            n_step(rows, recipe.n_step, recipe.gamma),
+            key=("iql values", seed),
+            weighting=weighting,
+            temperature=recipe.weighting_temperature,
+            whole_episodes=recipe.network.trunk == "gru",
+        )
+
     with seeded(derive_seed("values", seed)):
-        return _fit_values(train, held_out, recipe, seed, on_log)
+        values = Values(recipe, train)
+        replay = replay_of(train, recipe.weighting)
+        check = replay_of(held_out, "none") if len(held_out) else None
+        stepper = Stepper(
+            values.trained(), learning_rate=recipe.learning_rate, clip=recipe.gradient_clip, steps=recipe.value_steps
+        )
 
+        def update() -> dict[str, float]:
+            loss_v, loss_q = values.losses(replay.sample(recipe.batch_size), recipe.expectile)
+            stepper.step(loss_v + loss_q, "the values")
+            track(values.slow1, values.q1, recipe.polyak)
+            track(values.slow2, values.q2, recipe.polyak)
+            return {"value_loss": float(loss_v.detach()), "critic_loss": float(loss_q.detach())}
 
-def _fit_values(
-    train: Transitions, held_out: Transitions, recipe: IqlRecipe, seed: int, on_log: OnLog
-) -> tuple[Values, dict[str, float]]:
-    values = Values(recipe, torch.from_numpy(train.obs_MV[train.state_N]))
-    replay = Replay(
-        n_step(train, recipe.n_step, recipe.gamma),
-        key=("iql values", seed),
-        weighting=recipe.weighting,
-        temperature=recipe.weighting_temperature,
-    )
-    check = None
-    if len(held_out):
-        check = Replay(n_step(held_out, recipe.n_step, recipe.gamma), key=("iql values", seed)).rows()
-    stepper = Stepper(
-        values.trained(), learning_rate=recipe.learning_rate, clip=recipe.gradient_clip, steps=recipe.value_steps
-    )
-    metrics: dict[str, float] = {}
-    for step in range(1, recipe.value_steps + 1):
-        loss_v, loss_q = values.losses(replay.sample(recipe.batch_size), recipe.expectile)
-        stepper.step(loss_v + loss_q, "the values")
-        track(values.slow1, values.q1, recipe.polyak)
-        track(values.slow2, values.q2, recipe.polyak)
-        if step % recipe.log_every == 0 or step == recipe.value_steps:
-            metrics = {"value_loss": float(loss_v.detach()), "critic_loss": float(loss_q.detach())}
-            if check is not None:
-                values.eval()
-                with torch.no_grad():
-                    held_v, held_q = values.losses(check, recipe.expectile)
-                values.train()
-                metrics |= {"held_out_value_loss": float(held_v), "held_out_critic_loss": float(held_q)}
-            on_log({"value_step": float(step), **metrics})
+        def measure(rows: Replay) -> tuple[dict[str, float], float]:
+            held_v, held_q = held_out_mean(rows, lambda part: values.losses(part, recipe.expectile))
+            return {"held_out_value_loss": held_v, "held_out_critic_loss": held_q}, held_v + held_q
+
+        loop = Loop(
+            phase="values", recipe=recipe, steps=recipe.value_steps, counter="value_step", chosen="chosen_value_step"
+        )
+        metrics = loop.run(
+            values,
+            update,
+            None if check is None else lambda: measure(check),
+            {"stepper": stepper, "replay": replay},
+            on_log=on_log,
+            progress=progress,
+        )
+    metrics.pop("value_step")
     return values.eval(), metrics
 
 
@@ -147,7 +157,15 @@ def advantage_weights(advantage_N: Floats, recipe: IqlRecipe, spread: float) -> 
     return np.exp(np.minimum(scaled, np.log(recipe.largest_weight)))
 
 
-def fit_iql(train: Transitions, held_out: Transitions, recipe: IqlRecipe, *, seed: int, on_log: OnLog) -> Fitted:
+def fit_iql(
+    train: Transitions,
+    held_out: Transitions,
+    recipe: IqlRecipe,
+    *,
+    seed: int,
+    on_log: OnLog,
+    progress: Progress | None = None,
+) -> Fitted:
     """Return the advantage-weighted policy with the lowest weighted held-out loss.
 
     Args:
@@ -156,8 +174,9 @@ def fit_iql(train: Transitions, held_out: Transitions, recipe: IqlRecipe, *, see
         recipe: What to do.
         seed: Keys the initial weights and the minibatches.
         on_log: Receives the losses of the values (`value_step`), then of the policy (`step`).
+        progress: Where a killed run left off, phases `values` and `policy`; None stores nothing.
     """
-    values, metrics = fit_values(train, held_out, recipe, seed=seed, on_log=on_log)
+    values, metrics = fit_values(train, held_out, recipe, seed=seed, on_log=on_log, progress=progress)
     choices, others = unforced(train), unforced(held_out)
     advantage = values.advantages(choices)
     spread = float(advantage.std())
@@ -165,17 +184,19 @@ def fit_iql(train: Transitions, held_out: Transitions, recipe: IqlRecipe, *, see
     scale = float(weight.mean())
     metrics["advantage_sd"] = spread
     metrics["weight_ess_share"] = float(weight.sum() ** 2 / (len(weight) * (weight**2).sum()))
+    episodes = recipe.network.trunk == "gru"
     replay = Replay(
         choices,
         key=("iql policy", seed),
         weighting=recipe.weighting,
         temperature=recipe.weighting_temperature,
         weight_N=weight / scale,
+        whole_episodes=episodes,
     )
     check = None
     if len(others):
         held_weight = advantage_weights(values.advantages(others), recipe, spread) / scale
         held_weight *= row_weights(others, recipe.weighting, recipe.weighting_temperature)
-        check = Replay(others, key=("iql policy", seed), weight_N=held_weight)
-    fitted = clone(replay, check, recipe, seed=seed, on_log=on_log, normalise_on=train)
+        check = Replay(others, key=("iql policy", seed), weight_N=held_weight, whole_episodes=episodes)
+    fitted = clone(replay, check, recipe, seed=seed, on_log=on_log, normalise_on=train, progress=progress)
     return Fitted(fitted.network, metrics | fitted.metrics)

@@ -18,7 +18,8 @@ from esper.leyline.errors import SpecError
 from esper.leyline.identity import Role
 from esper.leyline.keys import derive_seed
 from esper.leyline.library import load
-from esper.leyline.matrix import CohortPlan, PlannedEpisode, PpoSettings
+from esper.leyline.matrix import CohortPlan, PlannedEpisode
+from esper.leyline.pipelines import PpoSettings
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.specs import EnvironmentSpec
 from esper.simic.batches import STEP_COLUMNS, Transitions, from_steps
@@ -73,12 +74,19 @@ def fine_tune(
 
     Raises:
         CheckpointError: The start is missing, damaged or another policy.
-        SpecError: No environment, two of one name, or fewer episodes than environment seeds.
+        SpecError: No environment, two of one name, fewer episodes than environment seeds, or a start that is no tree.
         TrainingError: A loss is not finite, or live episodes do not match the policy.
     """
     chosen = load("recipes", "ppo", PpoRecipe) if recipe is None else recipe
     _check(settings, environments)
     network, first = load_checkpoint(Path(start.path), start.digest)
+    if not isinstance(network, TreeNet):
+        raise SpecError(f"{first.name} is no tree network\n  expected: a policy that bc, rwbc, iql or cql trained")
+    if network.spec.trunk != "mlp" or network.spec.form != "additive":
+        raise SpecError(
+            f"{first.name} has trunk {network.spec.trunk} and form {network.spec.form}\n  expected: mlp and additive; "
+            "live episodes are learned from row by row, on the tree"
+        )
     tuner = _Tuner(network, chosen, settings, environments, seed)
     card = _card(first, name, chosen, settings, environments, seed)
     metrics: dict[str, float] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -12,23 +14,31 @@ from torch import Tensor
 from esper.leyline.actions import Bools
 from esper.leyline.errors import SpecError
 from esper.leyline.keys import KeyPart, numpy_generator
-from esper.simic.batches import Floats, Transitions
+from esper.simic.batches import Floats, Ints, Transitions
+from esper.tamiyo.networks import History, Inputs
 
 Weighting = Literal["none", "return"]
 
+CHUNK_ROWS = 1024
+CHUNK_EPISODES = 64
+
 
 class Batch(NamedTuple):
-    """Tensors of some transitions; see `Transitions` for what they are."""
+    """Tensors of some transitions; see `Transitions` for what they are.
 
-    obs: Tensor
+    `obs` and `next_obs` are histories where whole episodes were asked for, rows otherwise. `to_go` is 0 unless given.
+    """
+
+    obs: Inputs
     mask: Tensor
     action: Tensor
     reward: Tensor
     discount: Tensor
-    next_obs: Tensor
+    next_obs: Inputs
     next_mask: Tensor
     forced: Tensor
     weight: Tensor
+    to_go: Tensor
 
 
 def trajectory_probabilities(transitions: Transitions, temperature: float) -> Floats:
@@ -52,7 +62,11 @@ def trajectory_probabilities(transitions: Transitions, temperature: float) -> Fl
 
 
 class Replay:
-    """Transitions as tensors; `sample` draws rows with replacement from a generator keyed by what it is given."""
+    """Transitions as tensors; `sample` draws rows with replacement from a generator keyed by what it is given.
+
+    For a recurrent network it draws whole episodes: every row of a batch then comes with all that its episode has
+    shown before it.
+    """
 
     def __init__(
         self,
@@ -62,15 +76,25 @@ class Replay:
         weighting: Weighting = "none",
         temperature: float = 0.1,
         weight_N: Floats | None = None,
+        to_go_N: Floats | None = None,
+        whole_episodes: bool = False,
     ) -> None:
-        """Args: `weight_N` is carried along as the `weight` of each row (1 unless given)."""
+        """`weight_N` (1 unless given) and `to_go_N` are carried along as `weight` and `to_go` of each row.
+
+        Raises:
+            SpecError: No transition, or whole episodes of transitions that do not say what their episodes are.
+        """
         if not len(transitions):
             raise SpecError("no transition to learn from\n  expected: at least one unforced decision to train on")
         self._data = transitions
         self._generator = numpy_generator("replay", *key)
+        self._episodes = Episodes.of(transitions) if whole_episodes else None
         self._cumulative: Floats | None = None
         if weighting == "return":
-            self._cumulative = np.cumsum(trajectory_probabilities(transitions, temperature))
+            probability = trajectory_probabilities(transitions, temperature)
+            if self._episodes is not None:
+                probability = probability[self._episodes.first_row_E]
+            self._cumulative = np.cumsum(probability)
         self._obs = torch.from_numpy(transitions.obs_MV)
         self._mask = torch.from_numpy(transitions.mask_MT)
         self._state = torch.from_numpy(transitions.state_N)
@@ -81,31 +105,121 @@ class Replay:
         self._forced = torch.from_numpy(transitions.forced_N)
         weight = np.ones(len(transitions)) if weight_N is None else weight_N
         self._weight = torch.from_numpy(weight).float()
+        self._to_go = torch.from_numpy(np.zeros(len(transitions)) if to_go_N is None else to_go_N).float()
 
     def __len__(self) -> int:
         return len(self._data)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the generator: what the next samples depend on."""
+        return {"generator": self._generator.bit_generator.state}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Take on the state of the generator."""
+        self._generator.bit_generator.state = state_dict["generator"]
+
     def rows(self, index: NDArray[np.integer] | slice = slice(None)) -> Batch:
-        """Return the tensors of some rows."""
-        state, following = self._state[index], self._next[index]
+        """Return the tensors of some rows, without their episodes."""
+        chosen = torch.from_numpy(index) if isinstance(index, np.ndarray) else index
+        return self._batch(chosen, self._obs[self._state[chosen]], self._obs[self._next[chosen]])
+
+    def _batch(self, index: Tensor | slice, obs: Inputs, next_obs: Inputs) -> Batch:
         return Batch(
-            obs=self._obs[state],
-            mask=self._mask[state],
+            obs=obs,
+            mask=self._mask[self._state[index]],
             action=self._action[index],
             reward=self._reward[index],
             discount=self._discount[index],
-            next_obs=self._obs[following],
-            next_mask=self._mask[following],
+            next_obs=next_obs,
+            next_mask=self._mask[self._next[index]],
             forced=self._forced[index],
             weight=self._weight[index],
+            to_go=self._to_go[index],
+        )
+
+    def _of_episodes(self, chosen_E: Ints) -> Batch:
+        """Return all rows of some episodes, in order, with the episodes' histories."""
+        if self._episodes is None:
+            raise SpecError("this replay holds rows\n  expected: whole_episodes=True")
+        index, states, at, following = self._episodes.read(chosen_E)
+        shown = self._obs[torch.from_numpy(states)]
+        return self._batch(
+            torch.from_numpy(index), History(shown, torch.from_numpy(at)), History(shown, torch.from_numpy(following))
         )
 
     def sample(self, size: int) -> Batch:
-        """Return `size` rows drawn with replacement."""
+        """Return `size` rows drawn with replacement; or whole episodes of about as many rows, at least one."""
+        if self._episodes is None:
+            return self.rows(self._draw(len(self), size))
+        wanted = max(1, round(size * len(self._episodes) / len(self)))
+        return self._of_episodes(self._draw(len(self._episodes), wanted))
+
+    def _draw(self, num: int, size: int) -> Ints:
         if self._cumulative is None:
-            return self.rows(self._generator.integers(len(self), size=size))
+            return self._generator.integers(num, size=size)
         draws = self._generator.random(size) * self._cumulative[-1]
-        return self.rows(np.minimum(np.searchsorted(self._cumulative, draws, side="right"), len(self) - 1))
+        found: Ints = np.minimum(np.searchsorted(self._cumulative, draws, side="right"), num - 1)
+        return found
+
+    def chunks(self) -> Iterator[Batch]:
+        """Yield all rows in order, CHUNK_ROWS at a time, or CHUNK_EPISODES whole episodes at a time."""
+        if self._episodes is None:
+            for start in range(0, len(self), CHUNK_ROWS):
+                yield self.rows(slice(start, start + CHUNK_ROWS))
+            return
+        for start in range(0, len(self._episodes), CHUNK_EPISODES):
+            yield self._of_episodes(np.arange(start, min(start + CHUNK_EPISODES, len(self._episodes))))
+
+
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """Where the rows and the states of each episode lie.
+
+    Attributes:
+        first_row_E: First of its rows.
+        num_rows_E: How many rows it has; they are consecutive.
+        first_state_E: Its first state.
+        num_states_E: How many states it has.
+        state_N: State of each row.
+        next_N: State from which each row's value is bootstrapped.
+    """
+
+    first_row_E: Ints
+    num_rows_E: Ints
+    first_state_E: Ints
+    num_states_E: Ints
+    state_N: Ints
+    next_N: Ints
+
+    @classmethod
+    def of(cls, transitions: Transitions) -> Episodes:
+        """Return the episodes that have rows; SpecError where the transitions do not say which states are theirs."""
+        if transitions.episode_M is None:
+            raise SpecError("these transitions do not say which states belong to an episode\n  expected: `episode_M`")
+        names, first_row, num_rows = np.unique(transitions.episode_N, return_index=True, return_counts=True)
+        known, first_state, num_states = np.unique(transitions.episode_M, return_index=True, return_counts=True)
+        place = np.searchsorted(known, names)
+        return cls(first_row, num_rows, first_state[place], num_states[place], transitions.state_N, transitions.next_N)
+
+    def __len__(self) -> int:
+        return len(self.first_row_E)
+
+    def read(self, chosen_E: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Return what a batch of episodes reads.
+
+        Returns:
+            The rows, [N]; the states by episode, padded behind with the last one, [E, T]; and where in those, flat, the
+            state of each row and the state after it lie, [N] each.
+        """
+        steps = np.arange(self.num_states_E[chosen_E].max())
+        last = self.num_states_E[chosen_E] - 1
+        states = self.first_state_E[chosen_E, None] + np.minimum(steps, last[:, None])
+        num_rows = self.num_rows_E[chosen_E]
+        which = np.repeat(np.arange(len(chosen_E)), num_rows)
+        within = np.arange(len(which)) - np.repeat(np.cumsum(num_rows) - num_rows, num_rows)
+        index = self.first_row_E[chosen_E][which] + within
+        shift = which * len(steps) - self.first_state_E[chosen_E][which]
+        return index, states, self.state_N[index] + shift, self.next_N[index] + shift
 
 
 def row_weights(transitions: Transitions, weighting: Weighting, temperature: float) -> Floats:

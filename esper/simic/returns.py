@@ -39,6 +39,20 @@ def n_step(transitions: Transitions, steps: int, gamma: float) -> Transitions:
     return replace(transitions, reward_N=reward, discount_N=discount, next_N=following)
 
 
+def returns_to_go(transitions: Transitions, gamma: float) -> Floats:
+    """Return what followed each row of one-step transitions, sum over k of gamma**k r_(t+k), [N].
+
+    An episode that was cut off counts as far as it went.
+    """
+    goes_on = np.append(transitions.episode_N[1:] == transitions.episode_N[:-1], False)
+    total = np.zeros(len(transitions))
+    running = 0.0
+    for row in range(len(total) - 1, -1, -1):
+        running = transitions.reward_N[row] + gamma * running * float(goes_on[row])
+        total[row] = running
+    return total
+
+
 def generalised_advantages(
     transitions: Transitions, value_N: Floats, next_value_N: Floats, *, gamma: float, lam: float
 ) -> Floats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
 import torch
@@ -146,16 +146,17 @@ class PolicyUpdate:
             TrainingError: The ratio at the start is not 1: acting and learning disagree on masks, inputs or noise.
         """
         recipe = self.recipe
-        batch = Replay(transitions, key=("ppo",)).rows()
+        replay = Replay(transitions, key=("ppo",))
+        batch = replay.rows()
         old_logp = torch.from_numpy(transitions.logp_N).float()
         self._check_ratio(batch, old_logp)
         spread = max(float(advantage_N.std()), 1e-6)
         advantage = torch.from_numpy((advantage_N - advantage_N.mean()) / spread).float()
-        start_logp = in_chunks(self.start.log_policy, batch.obs, batch.mask)
+        start_logp = in_chunks(self.start.log_policy, cast(Tensor, batch.obs), batch.mask)
         epochs, moved = 0, 0.0
         for _ in range(recipe.epochs):
             for rows in _minibatches(self._generator, len(transitions), recipe.minibatch):
-                part = Batch(*(tensor[rows] for tensor in batch))
+                part = replay.rows(rows.numpy())
                 logp = self.policy.log_policy(part.obs, part.mask)
                 ratio = (behaviour_logp(logp, part, recipe.explore) - old_logp[rows]).exp()
                 gain = clipped_surrogate(ratio, advantage[rows], recipe.clip)
@@ -170,7 +171,7 @@ class PolicyUpdate:
         return {"epochs": float(epochs), "policy_moved_kl": moved, **self._measure(batch, start_logp, old_logp)}
 
     def _logp(self, batch: Batch) -> Tensor:
-        return in_chunks(self.policy.log_policy, batch.obs, batch.mask)
+        return in_chunks(self.policy.log_policy, cast(Tensor, batch.obs), batch.mask)
 
     def _check_ratio(self, batch: Batch, old_logp: Tensor) -> None:
         ratio = (behaviour_logp(self._logp(batch), batch, self.recipe.explore) - old_logp).exp()

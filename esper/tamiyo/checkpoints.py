@@ -22,7 +22,7 @@ from esper.leyline.errors import CheckpointError
 from esper.leyline.identity import ENGINE_VERSION
 from esper.leyline.spec_base import Spec
 from esper.leyline.verdict import Level
-from esper.tamiyo.networks import NetworkSpec, TreeNet
+from esper.tamiyo.kinds import AnyNetwork, AnyNetworkSpec, build_network
 
 WEIGHTS = "policy.safetensors"
 CARD = "policy.json"
@@ -32,7 +32,8 @@ class PolicyCard(Spec):
     """What a checkpoint is and where it comes from.
 
     Attributes:
-        algorithm: bc, iql, cql or ppo.
+        algorithm: bc, rwbc, iql, cql, imitate or ppo.
+        network: What the weights are of; a card without `kind` is of a tree network.
         recipe: Every field of the learner's specification.
         dataset: `NAME@n` of the sealed version; None where the policy learned from live episodes alone.
         dataset_digest: The digest of that version.
@@ -47,7 +48,7 @@ class PolicyCard(Spec):
     format_version: Literal[1] = 1
     name: str
     algorithm: str
-    network: NetworkSpec
+    network: AnyNetworkSpec
     recipe: dict[str, Any]
     rewards: dict[str, dict[str, Any]]
     dataset: str | None = None
@@ -63,7 +64,7 @@ class PolicyCard(Spec):
     weights_sha256: str = ""
 
 
-def save_checkpoint(folder: Path, network: TreeNet, card: PolicyCard, *, sampled: bool = False) -> LearnedPolicy:
+def save_checkpoint(folder: Path, network: AnyNetwork, card: PolicyCard, *, sampled: bool = False) -> LearnedPolicy:
     """Write a checkpoint folder, in place of one that is there, and return the policy's specification.
 
     The card's network, code version and digest are filled in.
@@ -111,7 +112,7 @@ def read_card(folder: Path) -> PolicyCard:
         raise CheckpointError(f"checkpoint {folder} is damaged: {CARD}: {error}") from None
 
 
-def load_checkpoint(folder: Path, digest: str | None = None) -> tuple[TreeNet, PolicyCard]:
+def load_checkpoint(folder: Path, digest: str | None = None) -> tuple[AnyNetwork, PolicyCard]:
     """Return a checkpoint's network, in evaluation mode, and its card.
 
     Args:
@@ -137,7 +138,7 @@ def load_checkpoint(folder: Path, digest: str | None = None) -> tuple[TreeNet, P
             f"checkpoint {folder} holds another policy: {found[:16]}…\n  expected: {digest[:16]}…\n"
             "  it was written again since; use the specification that its training run returned"
         )
-    network = TreeNet(card.network)
+    network = build_network(card.network)
     try:
         network.load_state_dict(load(weights))
     except (RuntimeError, SafetensorError) as error:

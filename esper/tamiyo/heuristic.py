@@ -84,14 +84,19 @@ class HeuristicController:
 
     def act(self, inputs: ActInputs, carry: Carry) -> Decision:
         """Return one action per row with its exact probability under the mixture."""
-        columns = inputs.columns
-        # Read from the observation, so that the rotation is right after actions that somebody else forced.
-        germinated = (columns["last_op"] == Op.GERMINATE) & (columns["last_executed"] > 0)
-        carry = {**carry, "rotation": carry["rotation"].astype(np.int64) + germinated}
+        carry = self.remember(inputs, carry)
         mixture = draw_mixture(
             self.propose(inputs, carry), inputs, _floats(carry, "epsilon"), _floats(carry, "temperature")
         )
         return Decision(actions_NA=mixture.actions_NA, logp_N=mixture.logp_N, op_probs=mixture.op_probs_NO, carry=carry)
+
+    @staticmethod
+    def remember(inputs: ActInputs, carry: Carry) -> Carry:
+        """Return the memory with the last germination counted."""
+        columns = inputs.columns
+        # Read from the observation, so that the rotation is right after actions that somebody else forced.
+        germinated = (columns["last_op"] == Op.GERMINATE) & (columns["last_executed"] > 0)
+        return {**carry, "rotation": carry["rotation"].astype(np.int64) + germinated}
 
     def propose(self, inputs: ActInputs, carry: Carry) -> Proposal:
         """Return the scores of the ops and what each of them would be."""
@@ -103,7 +108,7 @@ class HeuristicController:
             scores[:, op] = by_slot[:, op].max(axis=1)
             completions[:, op, 0] = op
             completions[:, op, 1] = by_slot[:, op].argmax(axis=1)
-        completions[:, Op.GERMINATE] = self._germination(inputs, carry)
+        completions[:, Op.GERMINATE] = self.germination(inputs, carry)
         scores[:, Op.GERMINATE] = self._germinate_score(inputs, scores.max(axis=1))
         scores[~inputs.mask_NT[:, OP_SLICE]] = -np.inf
         proposed = (scores[:, Op.GERMINATE :] > 0).any(axis=1)
@@ -158,8 +163,8 @@ class HeuristicController:
         wanted = plateau < spec.plateau_epochs if spec.inverted else plateau >= spec.plateau_epochs
         return np.where(late & wanted & ~_any_live(inputs), score, NOT_PROPOSED)
 
-    def _germination(self, inputs: ActInputs, carry: Carry) -> Actions:
-        """The GERMINATE that is next in the rotation, int8 [N, 8]; meaningless where GERMINATE is not valid."""
+    def germination(self, inputs: ActInputs, carry: Carry) -> Actions:
+        """Return the GERMINATE that is next in the rotation, int8 [N, 8]; meaningless where GERMINATE is not valid."""
         spec, mask = self.spec, inputs.mask_NT
         rotation = carry["rotation"].astype(np.int64)
         num_slots = np.maximum(np.asarray(inputs.columns["num_slots"]).astype(np.int64), 1)

@@ -11,7 +11,6 @@ exactly and with the exact log-probability of the mixture.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from esper.leyline.actions import NUM_OPS, OP_SLICE, TREE_WIDTH, WAIT_ROW, Actio
 from esper.leyline.protocols import BLOCK_ROWS, ActInputs, Carry, Decision, EpisodeStart
 from esper.leyline.views import get_view
 from esper.tamiyo import tree_torch
-from esper.tamiyo.checkpoints import load_checkpoint
 from esper.tamiyo.mixing import start_noise, uniform_log_probs
 from esper.tamiyo.networks import TreeNet, single_thread
 
@@ -39,8 +37,15 @@ class LearnedController:
         self._view = get_view(network.spec.view)
 
     def start(self, episodes: Sequence[EpisodeStart]) -> Carry:
-        """Return the memory of new episodes: their epsilon and temperature; SpecError where one is out of range."""
-        return start_noise(episodes)
+        """Return the memory of new episodes: their epsilon and temperature, and zeros for a recurrent trunk.
+
+        Raises:
+            SpecError: An epsilon or a temperature is out of range.
+        """
+        carry = start_noise(episodes)
+        if self.network.spec.trunk == "gru":
+            carry["memory"] = np.zeros((len(episodes), self.network.spec.hidden), dtype=np.float32)
+        return carry
 
     def act(self, inputs: ActInputs, carry: Carry) -> Decision:
         """Return one decision per row; MaskError where a mask allows nothing or is inconsistent."""
@@ -48,7 +53,8 @@ class LearnedController:
         check_mask(mask)
         obs = self._view.encode(inputs.columns, inputs.step_N)
         temperature = np.asarray(carry["temperature"], dtype=np.float64)
-        logits = self._logits(obs, mask) / np.where(np.isfinite(temperature), temperature, 1.0)[:, None]
+        found, carry = self._logits(obs, mask, carry)
+        logits = found / np.where(np.isfinite(temperature), temperature, 1.0)[:, None]
         uniform = uniform_log_probs(mask)
         own = tree.log_softmax(logits, mask)
         draws = inputs.uniforms[:, 1:]
@@ -65,20 +71,24 @@ class LearnedController:
         op_probs = (1 - epsilon)[:, None] * own_ops + epsilon[:, None] * np.exp(uniform[:, OP_SLICE])
         return Decision(actions_NA=actions, logp_N=logp, op_probs=op_probs, carry=carry)
 
-    def _logits(self, obs_NV: NDArray[np.float32], mask_NT: Bools) -> Floats:
-        """Return float64 logits, computed in blocks of exactly BLOCK_ROWS rows."""
+    def _logits(self, obs_NV: NDArray[np.float32], mask_NT: Bools, carry: Carry) -> tuple[Floats, Carry]:
+        """Return float64 logits and the memory after them, computed in blocks of exactly BLOCK_ROWS rows."""
         num = len(obs_NV)
         out = np.empty((num, TREE_WIDTH), dtype=np.float64)
+        memory = np.asarray(carry.get("memory", np.zeros((num, 0))), dtype=np.float32)
+        after = np.empty_like(memory)
         for first in range(0, num, BLOCK_ROWS):
-            rows = min(BLOCK_ROWS, num - first)
-            obs = np.zeros((BLOCK_ROWS, obs_NV.shape[1]), dtype=np.float32)
+            part = slice(first, min(first + BLOCK_ROWS, num))
+            rows = part.stop - first
+            obs, before = (np.zeros((BLOCK_ROWS, given.shape[1]), dtype=np.float32) for given in (obs_NV, memory))
             mask = np.zeros((BLOCK_ROWS, TREE_WIDTH), dtype=bool)
             mask[:, OP_SLICE.start] = True
-            obs[:rows], mask[:rows] = obs_NV[first : first + rows], mask_NT[first : first + rows]
+            obs[:rows], mask[:rows], before[:rows] = obs_NV[part], mask_NT[part], memory[part]
             with single_thread(), torch.no_grad():
-                block = self.network.logits(torch.from_numpy(obs), torch.from_numpy(mask))
-            out[first : first + rows] = block[:rows].numpy()
-        return out
+                entries, then = self.network.step(torch.from_numpy(obs), torch.from_numpy(before))
+                block = self.network.logits_of(entries, torch.from_numpy(mask))
+            out[part], after[part] = block[:rows].numpy(), then[:rows].numpy()
+        return out, {**carry, "memory": after} if "memory" in carry else carry
 
 
 def mix(own_logp: Floats, uniform_logp: Floats, epsilon: Floats) -> Floats:
@@ -93,19 +103,3 @@ def _greedy(logits_NT: Floats, mask_NT: Bools) -> Actions:
         return np.zeros((0, len(WAIT_ROW)), dtype=np.int8)
     actions: Actions = tree_torch.greedy(torch.from_numpy(logits_NT), torch.from_numpy(mask_NT)).numpy()
     return actions
-
-
-def load_policy(path: Path, *, sampled: bool, name: str | None = None, digest: str | None = None) -> LearnedController:
-    """Return the controller of a checkpoint.
-
-    Args:
-        path: The checkpoint folder.
-        sampled: Draw from the policy instead of taking its most probable choices.
-        name: The actor's name; the checkpoint's own unless given.
-        digest: The SHA-256 that the weights must have (`LearnedPolicy.digest`).
-
-    Raises:
-        CheckpointError: Missing, damaged, for another network or of another digest.
-    """
-    network, card = load_checkpoint(path, digest)
-    return LearnedController(network, name=name or card.name, sampled=sampled)

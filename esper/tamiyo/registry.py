@@ -11,11 +11,13 @@ from esper.leyline.controller_specs import (
     LearnedPolicy,
     NeverAct,
     ScheduleSampler,
+    TrialKeep,
 )
 from esper.leyline.protocols import Controller
 from esper.tamiyo.heuristic import HeuristicController
 from esper.tamiyo.rules import NeverActController, UniformRandomController
 from esper.tamiyo.schedules import FixedScheduleController, ScheduleSamplerController
+from esper.tamiyo.trials import TrialKeepController
 
 
 def build_controller(spec: ControllerSpec) -> Controller:
@@ -35,9 +37,10 @@ def build_controller(spec: ControllerSpec) -> Controller:
         return FixedScheduleController(spec)
     if isinstance(spec, ScheduleSampler):
         return ScheduleSamplerController(spec)
+    if isinstance(spec, TrialKeep):
+        return TrialKeepController(spec)
     if isinstance(spec, LearnedPolicy):
-        from esper.tamiyo.policy import load_policy
+        from esper.tamiyo.loading import load_policy
 
-        learned: Controller = load_policy(Path(spec.path), sampled=spec.sampled, name=spec.name, digest=spec.digest)
-        return learned
+        return load_policy(Path(spec.path), sampled=spec.sampled, name=spec.name, digest=spec.digest)
     return UniformRandomController(spec)

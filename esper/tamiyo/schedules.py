@@ -57,17 +57,25 @@ def confirm_pending(inputs: ActInputs, carry: Carry) -> Bools:
     return done
 
 
-def next_actions(inputs: ActInputs, carry: Carry, done_NP: Bools) -> tuple[Actions, Ints]:
-    """Return what the plans do now, int8 [N, 8], and the plant that it carries out, int64 [N], -1 for none."""
-    mask, birth = inputs.mask_NT, carry["birth"].astype(np.int64)
-    rows = carry["rows"].astype(np.int8)
+def due_plants(inputs: ActInputs, carry: Carry, done_NP: Bools) -> tuple[Actions, Ints]:
+    """Return the GERMINATE that is due longest and valid, int8 [N, 8], and its plant, int64 [N], -1 for none (WAIT)."""
+    birth, rows = carry["birth"].astype(np.int64), carry["rows"].astype(np.int8)
     num, width = birth.shape
-    index = np.arange(num)
-    possible = np.stack([is_valid(rows[:, place], mask) for place in range(width)], axis=1)
+    possible = np.stack([is_valid(rows[:, place], inputs.mask_NT) for place in range(width)], axis=1)
     due = possible & ~done_NP & (birth <= inputs.step_N[:, None])
     place = np.where(due, birth, NEVER).argmin(axis=1)
     plant = np.where(due.any(axis=1), place, -1).astype(np.int64)
     actions = np.zeros((num, ACTION_WIDTH), dtype=np.int8)
+    germinate = plant >= 0
+    actions[germinate] = rows[np.arange(num)[germinate], plant[germinate]]
+    return actions, plant
+
+
+def next_actions(inputs: ActInputs, carry: Carry, done_NP: Bools) -> tuple[Actions, Ints]:
+    """Return what the plans do now, int8 [N, 8], and the plant that it carries out, int64 [N], -1 for none."""
+    mask = inputs.mask_NT
+    planted, plant = due_plants(inputs, carry, done_NP)
+    actions = np.zeros_like(planted)
     refused = inputs.columns["last_executed"] == 0
     # two steps a turn: the ops alternate too, and each has to come to every slot
     turn = np.where(refused, inputs.step_N // 2, 0)
@@ -77,18 +85,18 @@ def next_actions(inputs: ActInputs, carry: Carry, done_NP: Bools) -> tuple[Actio
         actions[able, 0] = op
         actions[able, 1] = nth_allowed(mask[:, slot_slice(op)], turn)[able]
     germinate = plant >= 0
-    actions[germinate] = rows[index[germinate], plant[germinate]]
+    actions[germinate] = planted[germinate]
     return actions, plant
 
 
-def _submitted(actions_NA: Actions, carry: Carry, plant_N: Ints) -> Ints:
-    """The plant of each row, where the action drawn is really its GERMINATE."""
+def submitted(actions_NA: Actions, carry: Carry, plant_N: Ints) -> Ints:
+    """Return the plant of each row, int64 [N]: -1 where the action drawn is not its GERMINATE after all."""
     wanted = carry["rows"].astype(np.int8)[np.arange(len(plant_N)), np.maximum(plant_N, 0)]
     return np.where((plant_N >= 0) & (actions_NA == wanted).all(axis=1), plant_N, -1)
 
 
-def _certain(actions_NA: Actions, mask_NT: Bools) -> Proposal:
-    """The proposal of a rule that has one action: score 1 for its op, 0 for the other valid ones."""
+def certain(actions_NA: Actions, mask_NT: Bools) -> Proposal:
+    """Return the proposal of a rule that has one action: score 1 for its op, 0 for the other valid ones."""
     index = np.arange(len(actions_NA))
     scores: Floats = np.where(mask_NT[:, OP_SLICE], 0.0, -np.inf)
     scores[index, actions_NA[:, 0]] = 1.0
@@ -120,8 +128,8 @@ class FixedScheduleController:
         actions, plant = next_actions(inputs, carry, done)
         epsilon = carry["epsilon"].astype(np.float64)
         temperature = carry["temperature"].astype(np.float64)
-        mixture = draw_mixture(_certain(actions, inputs.mask_NT), inputs, epsilon, temperature)
-        pending = _submitted(mixture.actions_NA, carry, plant)
+        mixture = draw_mixture(certain(actions, inputs.mask_NT), inputs, epsilon, temperature)
+        pending = submitted(mixture.actions_NA, carry, plant)
         return Decision(
             actions_NA=mixture.actions_NA,
             logp_N=mixture.logp_N,

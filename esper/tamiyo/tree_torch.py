@@ -75,14 +75,17 @@ def check_some(mask_NT: Tensor) -> None:
         raise MaskError(f"row {row} of the mask allows no action\n  expected: WAIT is always valid")
 
 
-def split(values_NT: Tensor, pad: float) -> Parts:
-    """Return the blocks of flat entries; the padding of the levers is `pad`."""
+def split(values_NT: Tensor, pad: float, slots: Tensor | None = None) -> Parts:
+    """Return the blocks of flat entries, the levers of all slots or of some; their padding is `pad`."""
     num = len(values_NT)
     padded = nn.functional.pad(values_NT, (0, 1), value=pad)
+    chosen = _PAD.view(_WIDEST, MAX_SLOTS, len(LEVERS))
+    if slots is not None:
+        chosen = chosen[:, slots]
     return Parts(
         values_NT[:, OP_SLICE],
         values_NT[:, SLOT_START:LEVER_START].reshape(num, NUM_OPS - 1, MAX_SLOTS).transpose(1, 2),
-        padded.index_select(1, _PAD).reshape(num, _WIDEST, MAX_SLOTS, len(LEVERS)),
+        padded.index_select(1, chosen.flatten()).reshape(num, *chosen.shape),
     )
 
 
@@ -150,9 +153,22 @@ def log_prob(logp_NT: Tensor, actions_NA: Tensor) -> Tensor:
 
 def reduce_tree(values_NT: Tensor, mask_NT: Tensor, reduce: Reduce) -> Tensor:
     """Return the reduction of additive leaf values over the valid leaves, [N]; `reduce` takes dimension 1."""
-    op, slot, lever = _masked(values_NT, mask_NT)
-    slot = _under(slot, reduce(lever).sum(dim=-1))
+    (op, slot, lever), slots = _masked_open(values_NT, mask_NT)
+    slot = _under(slot, _at_slots(reduce(lever).sum(dim=-1), slots))
     return reduce(_below_op(op, reduce(slot)))
+
+
+def _masked_open(values_NT: Tensor, mask_NT: Tensor) -> tuple[Parts, Tensor]:
+    """Return the masked blocks, the lever block of the slots alone in which some row may germinate, and those slots."""
+    check_some(mask_NT)
+    masked = values_NT.masked_fill(~mask_NT, MASKED)
+    slots = torch.nonzero(mask_NT[:, SLOT_START : SLOT_START + MAX_SLOTS].any(dim=0)).squeeze(1)
+    return split(masked, MASKED, slots), slots
+
+
+def _at_slots(open_NS: Tensor, slots: Tensor) -> Tensor:
+    """Return the open slots' numbers at their places, [N, S], 0 elsewhere."""
+    return open_NS.new_zeros((len(open_NS), MAX_SLOTS)).index_copy(1, slots, open_NS)
 
 
 def maximum(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -181,13 +197,23 @@ def greedy(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
     This is not the most probable leaf: a germination divides its probability among thousands of leaves, WAIT has one.
     """
-    op, slot, lever = _masked(logits_NT, mask_NT)
-    return _assemble(op.argmax(dim=1), slot.argmax(dim=1), lever.argmax(dim=1))
+    return _greedy(*_masked_open(logits_NT, mask_NT))
+
+
+def _greedy(parts: Parts, slots: Tensor) -> Tensor:
+    op_N, slot_NO = parts.op.argmax(dim=1), parts.slot.argmax(dim=1)
+    slot_N = _slot_of(op_N, slot_NO)
+    if not len(slots):
+        return _with_levers(op_N, slot_N, slot_N.new_zeros((len(op_N), len(LEVERS))))
+    place = torch.zeros(MAX_SLOTS, dtype=torch.int64).index_copy(0, slots, torch.arange(len(slots)))
+    return _with_levers(op_N, slot_N, parts.lever[torch.arange(len(op_N)), :, place[slot_N]].argmax(dim=1))
 
 
 def argmax(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return the valid action with the greatest additive value, int8 [N, A]."""
-    return greedy(best_below(values_NT, mask_NT), mask_NT)
+    (op, slot, lever), slots = _masked_open(values_NT, mask_NT)
+    slot = _under(slot, _at_slots(lever.amax(dim=1).sum(dim=-1), slots))
+    return _greedy(Parts(_below_op(op, slot.amax(dim=1)), slot, lever), slots)
 
 
 def sample(logp_NT: Tensor, mask_NT: Tensor, uniforms_NA: Tensor) -> Tensor:
@@ -205,13 +231,20 @@ def _draw(probs: Tensor, valid: Tensor, uniforms: Tensor) -> Tensor:
     return torch.minimum(index, last)
 
 
+def _slot_of(op_N: Tensor, slot_NO: Tensor) -> Tensor:
+    """Return the slot of the chosen op, 0 under WAIT, from one slot for each other op."""
+    return slot_NO.gather(1, (op_N - 1).clamp(min=0).unsqueeze(1)).squeeze(1) * (op_N != Op.WAIT)
+
+
+def _with_levers(op_N: Tensor, slot_N: Tensor, lever_NL: Tensor) -> Tensor:
+    levers = lever_NL * (op_N == Op.GERMINATE).unsqueeze(1)
+    return torch.cat([op_N.unsqueeze(1), slot_N.unsqueeze(1), levers], dim=1).to(torch.int8)
+
+
 def _assemble(op_N: Tensor, slot_NO: Tensor, lever_NSL: Tensor) -> Tensor:
     """Return the canonical actions of one chosen op, one slot for each op and the levers of each slot."""
-    acts = op_N != Op.WAIT
-    slot_N = slot_NO.gather(1, (op_N - 1).clamp(min=0).unsqueeze(1)).squeeze(1) * acts
-    rows = torch.arange(len(op_N))
-    levers = lever_NSL[rows, slot_N] * (op_N == Op.GERMINATE).unsqueeze(1)
-    return torch.cat([op_N.unsqueeze(1), slot_N.unsqueeze(1), levers], dim=1).to(torch.int8)
+    slot_N = _slot_of(op_N, slot_NO)
+    return _with_levers(op_N, slot_N, lever_NSL[torch.arange(len(op_N)), slot_N])
 
 
 def expectation(logp_NT: Tensor, values_NT: Tensor, mask_NT: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 A worker that dies costs the job it was running and nothing else: each worker has a pipe of its own, so a death is
 attributed exactly, and the next job gets a fresh process. Workers end with their parent, even after `kill -9`.
+
+Each worker fills a slot: a device that it computes on. Several slots may name the same GPU, which is how it is kept
+busy: one small host alone leaves most of it idle.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ import contextlib
 import multiprocessing
 import os
 import queue
+import re
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext
 from types import TracebackType
@@ -35,12 +40,42 @@ Engine = Callable[[CohortPlan], Tables]
 
 T = TypeVar("T")
 
+CPU_SLOT = "cpu"
+
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """What a process must find in its environment before it loads a numerical library."""
 
 
 class WorkerError(EsperError):
     """A job failed in its worker process, or the process died under it."""
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Raise SpecError unless every slot is `cpu` or a GPU of this machine (`cuda:N`), and all are of one kind.
+
+    Starts nothing on a GPU.
+    """
+    for name in devices:
+        if not re.fullmatch(r"cpu|cuda:\d+", name):
+            raise SpecError(
+                f"unknown device {name!r}\n  expected: cpu, or cuda:N with the number of a GPU, as in cuda:0"
+            )
+    if len({name.partition(":")[0] for name in devices}) > 1:
+        raise SpecError(
+            f"devices {' '.join(devices)} are of two kinds\n"
+            "  expected: all cpu or all cuda; an environment's numerics belong to one of them"
+        )
+    gpus = sorted({name for name in devices if name != CPU_SLOT})
+    if gpus:
+        import torch
+
+        found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        absent = [name for name in gpus if name not in found]
+        if absent:
+            raise SpecError(
+                f"no {', '.join(absent)} on this machine\n  found: {', '.join(found) or 'no GPU that torch can use'}\n"
+                "  name one that is there, or run on the CPU: --devices cpu cpu"
+            )
 
 
 def cohort_engine(plan: CohortPlan) -> Tables:
@@ -86,11 +121,12 @@ def _portable(error: Exception) -> EsperError:
     return portable
 
 
-def _serve(connection: Connection) -> None:
-    """The life of a worker: answer jobs until the pipe closes."""
+def _serve(connection: Connection, device: str) -> None:
+    """The life of a worker: take its slot, then answer jobs until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what ends
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _limit_torch_threads()
+    _take_slot(device)
     while True:
         try:
             function, arguments = connection.recv()
@@ -107,6 +143,12 @@ def _limit_torch_threads() -> None:
     from esper.tolaria.runtime import single_thread
 
     single_thread()
+
+
+def _take_slot(device: str) -> None:
+    from esper.tolaria.runtime import use_device
+
+    use_device(device)
 
 
 @contextlib.contextmanager
@@ -130,10 +172,10 @@ _SPAWNING = threading.Lock()
 class _Worker:
     """One process and the pipe to it."""
 
-    def __init__(self, context: SpawnContext) -> None:
+    def __init__(self, context: SpawnContext, device: str) -> None:
         with _SPAWNING, temporary_environment(ONE_THREAD):
             self._connection, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process = context.Process(target=_serve, args=(theirs, device), daemon=True)
             self._process.start()
             theirs.close()
 
@@ -162,25 +204,46 @@ class _DiedError(WorkerError):
     """The process is gone: its place needs a new one."""
 
 
+@dataclass(slots=True)
+class _Slot:
+    """A place for one worker on a device; empty before its first job and after a death."""
+
+    device: str
+    worker: _Worker | None = None
+
+
 class CohortPool:
     """Runs cohorts, and other jobs, on `num_workers` spawned processes; 0 runs them in this process.
 
     Use as a context manager: leaving it ends every worker at once, whatever is still running.
+
+    Args:
+        num_workers: Processes.
+        engine: What runs a cohort.
+        devices: The slot of each process, `cpu` or `cuda:N`; left out, all on the CPU.
+
+    Raises:
+        SpecError: Fewer than no workers, not one device for each, or a device that is not there.
     """
 
-    def __init__(self, num_workers: int, *, engine: Engine = cohort_engine) -> None:
+    def __init__(
+        self, num_workers: int, *, engine: Engine = cohort_engine, devices: Sequence[str] | None = None
+    ) -> None:
         if num_workers < 0:
             raise SpecError(f"{num_workers} workers\n  expected: 1 or more, or 0 to run in this process")
+        if devices is not None and len(devices) != num_workers:
+            raise SpecError(f"{num_workers} workers on {len(devices)} devices\n  expected: one device for each worker")
+        check_devices(devices or ())
         self.num_workers = num_workers
         self._engine = engine
         self._context = multiprocessing.get_context("spawn")
         self._threads = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="esper-worker")
-        self._idle: queue.SimpleQueue[_Worker | None] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         self._workers: set[_Worker] = set()
         self._lock = threading.Lock()
         self._closed = False
-        for _ in range(max(1, num_workers)):
-            self._idle.put(None)
+        for device in devices or [CPU_SLOT] * num_workers:
+            self._idle.put(_Slot(device))
 
     def __enter__(self) -> Self:
         return self
@@ -237,22 +300,21 @@ class CohortPool:
             raise _portable(error) from error
 
     def _on_worker(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-        worker = self._idle.get()
+        slot = self._idle.get()
         try:
-            if worker is None:
-                worker = self._start()
+            worker = slot.worker = slot.worker or self._start(slot.device)
             result: T = worker.call(function, arguments)
         except _DiedError:
             with self._lock:
                 self._workers.discard(worker)
-            worker = None
+            slot.worker = None
             raise
         finally:
-            self._idle.put(worker)
+            self._idle.put(slot)
         return result
 
-    def _start(self) -> _Worker:
-        worker = None if self._closed else _Worker(self._context)
+    def _start(self, device: str) -> _Worker:
+        worker = None if self._closed else _Worker(self._context, device)
         with self._lock:
             closed = self._closed
             if worker is not None and not closed:

@@ -38,6 +38,7 @@ def test_every_learner_leaves_a_checkpoint_that_names_its_data(finished):
     cards = {name: read_card(folder / name) for name in ("bc", "iql", "cql", "iql-ppo")}
     assert {card.dataset for card in cards.values()} == {"tiny@1"}
     assert {card.algorithm for card in cards.values()} == {"bc", "iql", "cql", "ppo"}
+    assert all((folder / name / "README.md").is_file() for name in cards)
     assert cards["iql-ppo"].start_digest == cards["iql"].weights_sha256
 
 

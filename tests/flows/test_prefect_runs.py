@@ -11,6 +11,7 @@ import urllib.request
 from functools import partial
 from pathlib import Path
 
+import learning
 import pytest
 import tiny
 
@@ -61,11 +62,34 @@ def test_a_datagen_flow_run_and_its_cohorts_show_up_in_the_server(server, tmp_pa
     assert tasks == {"tiny/0": "Completed", "tiny/1": "Completed"}
 
 
-def _num_task_runs() -> int:
+def _num_task_runs(prefix: str = "tiny/") -> int:
     from prefect.client.orchestration import get_client
 
     with get_client(sync_client=True) as client:
-        return sum(run.name.startswith("tiny/") and run.state_name == "Completed" for run in client.read_task_runs())
+        return sum(run.name.startswith(prefix) and run.state_name == "Completed" for run in client.read_task_runs())
+
+
+def test_a_grid_with_two_seeds_is_one_flow_run_with_a_task_run_for_each_policy(server, tmp_path, monkeypatch):
+    from prefect.client.orchestration import get_client
+
+    from flows.grid import TrainRequest, run_training
+    from flows.prefect_flows import run_as_flow
+
+    monkeypatch.chdir(tmp_path)
+    learning.write_recipes(tmp_path)
+    learning.write_store(tmp_path)
+    grid = learning.write_grid(tmp_path, '[[learners]]\nalgorithm = "bc"\nfields.steps = [2, 4]\n')
+    request = TrainRequest(
+        dataset="small", grid=grid, seeds=(0, 1), store="store", workers=0, override_health="a test", run_name="r"
+    )
+    table = run_as_flow("train", request, run_training).table
+    names = {f"bc-steps-{steps}-s{seed}" for steps in (2, 4) for seed in (0, 1)}
+    assert {row.policy.name for row in table.rows} == names
+    assert _wait_for(lambda: _num_task_runs("bc-steps-") == 4, 20)
+    with get_client(sync_client=True) as client:
+        (flow_run,) = [run for run in client.read_flow_runs() if run.name.startswith("train-")]
+        tasks = {run.name for run in client.read_task_runs() if run.flow_run_id == flow_run.id}
+    assert tasks == names
 
 
 def test_a_unit_is_tried_again_by_prefect_and_its_last_error_is_a_result(server, tmp_path):

@@ -14,8 +14,10 @@ from esper.leyline.controller_specs import (
     behaviour,
 )
 from esper.leyline.errors import EsperError, SpecError, UnknownNameError, nearest, unknown_name
-from esper.leyline.library import find, load, names
-from esper.leyline.matrix import Cell, MatrixSpec, PipelineSpec, plan_episodes
+from esper.leyline.grid import GridSpec
+from esper.leyline.library import find, load, load_environments, names
+from esper.leyline.matrix import Cell, MatrixSpec, plan_episodes
+from esper.leyline.pipelines import PipelineSpec
 from esper.leyline.plans import expand
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.spec_base import read_toml
@@ -26,6 +28,7 @@ KINDS = {
     "environments": EnvironmentSpec,
     "rewards": RewardSpec,
     "pipelines": PipelineSpec,
+    "grids": GridSpec,
 }
 FILES = [(kind, name) for kind in KINDS for name in names(kind)]
 
@@ -46,8 +49,9 @@ def test_every_pipeline_names_matrices_environments_and_rewards_that_exist():
     for name in names("pipelines"):
         pipeline = load("pipelines", name, PipelineSpec)
         trained = {cell.environment for cell in load("matrices", pipeline.matrix, MatrixSpec).cells}
+        assert pipeline.grid is None or load("grids", pipeline.grid, GridSpec).points()
         for cell in pipeline.evaluation:
-            load("environments", cell.environment, EnvironmentSpec)
+            load_environments(cell.environment)
             load("rewards", cell.reward, RewardSpec)
             assert cell.environment in trained
         assert {bounds.environment for bounds in pipeline.controls} <= {

@@ -7,7 +7,7 @@ from esper.leyline.actions import MAX_SLOTS
 from esper.leyline.errors import UnknownNameError
 from esper.leyline.observations import FEATURE_BY_NAME, FEATURE_COLUMNS, FEATURES, slot_column
 from esper.leyline.stages import Stage
-from esper.leyline.views import NUM_GLOBAL_V4, NUM_SLOT_V4, V1, V3, V4, get_view, symlog
+from esper.leyline.views import HIDDEN_COLUMNS, NUM_GLOBAL_V4, NUM_SLOT_V4, V1, V3, V4, V4_HIDDEN, get_view, symlog
 
 NAN = float("nan")
 STEP = np.array([4])
@@ -242,3 +242,49 @@ def test_symlog_is_odd_and_logarithmic():
 def test_the_registry_names_every_column_once():
     assert len(set(FEATURE_COLUMNS)) == len(FEATURE_COLUMNS)
     assert len(FEATURE_BY_NAME) == len(FEATURES), "a global and a slot feature share a name"
+
+
+HOST = ("host_params", "host_depth")
+HOST_BY_SLOT = ("resolution", "channels", "kernel", "pool", "narrowed", "frozen")
+HOST_COLUMNS = {*HOST, *(slot_column(slot, name) for slot in range(MAX_SLOTS) for name in HOST_BY_SLOT)}
+
+
+def varied(names):
+    """The columns of the example, with some of them changed."""
+    base = columns(param_budget=5000.0, s0_params=400.0, s0_resolution=12.0, s0_channels=4.0, s0_kernel=3.0)
+    return base | {name: base[name] * 2 + 1 if np.isfinite(base[name]).all() else np.float32([3.0]) for name in names}
+
+
+def test_two_hosts_that_differ_in_their_descriptors_alone_look_the_same_when_hidden():
+    one, other = varied(()), varied(HOST_COLUMNS)
+    assert (V4.encode(one, STEP) != V4.encode(other, STEP)).any()
+    np.testing.assert_array_equal(V4_HIDDEN.encode(one, STEP), V4_HIDDEN.encode(other, STEP))
+
+
+def test_hidden_is_v4_in_every_other_column():
+    assert V4_HIDDEN.names == V4.names
+    assert V4_HIDDEN.names == get_view("v4-hidden").names
+    hidden = np.isin(V4.names, sorted(HIDDEN_COLUMNS))
+    assert hidden.sum() == len(HIDDEN_COLUMNS) == 4 + 7 * MAX_SLOTS
+    shown, seen = V4_HIDDEN.encode(varied(()), STEP)[0], V4.encode(varied(()), STEP)[0]
+    np.testing.assert_array_equal(shown[~hidden], seen[~hidden])
+    np.testing.assert_array_equal(shown[hidden], 0.0)
+    assert np.count_nonzero(seen[hidden]) >= 8
+
+
+def test_only_what_tells_the_host_is_hidden():
+    """What v4 shows of a single column and hidden does not: descriptors, and sizes that are read against the host's."""
+    codes = ("stage", "blueprint", "blend", "tempo", "dwell", "isolation", "seed_lr")
+    coded = {slot_column(slot, name) for slot in range(MAX_SLOTS) for name in codes}
+    names = sorted({*FEATURE_COLUMNS} - coded)
+    changed = {name: np.repeat(values, 1 + len(names)) for name, values in varied(()).items()}
+    for row, name in enumerate(names, start=1):
+        changed[name][row] = varied((name,))[name][0]
+    seen = {}
+    for view in (V4, V4_HIDDEN):
+        encoded = view.encode(changed, np.repeat(STEP, 1 + len(names)))
+        seen[view.name] = {name for name, row in zip(names, encoded[1:]) if (row != encoded[0]).any()}
+    assert not seen["v4-hidden"] & HOST_COLUMNS
+    sizes = {"seed_params", "param_budget", *(slot_column(slot, "params") for slot in range(3))}
+    of_this_host = {name for name in HOST_COLUMNS if not name.startswith(("s3", "s4", "s5"))}
+    assert seen["v4"] - seen["v4-hidden"] == of_this_host | sizes

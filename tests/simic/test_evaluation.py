@@ -7,7 +7,7 @@ from esper.leyline.errors import ControlError, IntegrityError, SpecError, Unknow
 from esper.leyline.identity import Role
 from esper.leyline.keys import numpy_generator
 from esper.leyline.library import load
-from esper.leyline.matrix import ControlBounds, EvaluationCell
+from esper.leyline.pipelines import ControlBounds, EvaluationCell
 from esper.leyline.rewards import EpisodeColumns, reward_components
 from esper.leyline.schema import EPISODES, STEPS
 from esper.leyline.specs import EnvironmentSpec

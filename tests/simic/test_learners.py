@@ -81,7 +81,11 @@ def test_the_conservative_penalty_equals_brute_force_under_both_priors() -> None
     data, _ = bandit_transitions(8)
     batch = Replay(data, key=(0,)).rows()
     entries = torch.randn(8, 185, generator=torch.Generator().manual_seed(0))
-    gaps = {prior: conservative_gap(entries, batch, prior).numpy() for prior in ("leaves", "hierarchical")}
+    network = TreeNet(SMALL)
+    gaps = {
+        prior: conservative_gap(network, entries, batch, CqlRecipe(prior=prior)).numpy()
+        for prior in ("leaves", "hierarchical")
+    }
     for row in range(8):
         mask = data.mask_MT[row : row + 1]
         leaves = tree.enumerate_actions(mask[0])

@@ -10,7 +10,7 @@ from tree_bandit import REWARD, live_bandit
 from esper.leyline.errors import CheckpointError, SpecError
 from esper.leyline.identity import SELECTION_START
 from esper.leyline.library import load
-from esper.leyline.matrix import PpoSettings
+from esper.leyline.pipelines import PpoSettings
 from esper.leyline.specs import EnvironmentSpec
 from esper.simic.gate import Gate
 from esper.simic.learning import TrainingError

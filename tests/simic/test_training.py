@@ -12,17 +12,24 @@ from esper.leyline.errors import HealthError, SpecError, UnknownNameError
 from esper.leyline.library import load
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.verdict import CheckResult, Level, Use, Verdict
-from esper.simic.bc import BcRecipe
+from esper.simic.bc import BcRecipe, RwbcRecipe
 from esper.simic.cql import CqlRecipe
+from esper.simic.d3rlpy_backend import D3rlpyRecipe
 from esper.simic.iql import IqlRecipe
 from esper.simic.ppo import PpoRecipe
-from esper.simic.training import RECIPES, train
+from esper.simic.resume import Notes, Progress
+from esper.simic.training import RECIPES, load_recipe, total_steps, train
 from esper.tamiyo.checkpoints import CARD, WEIGHTS, read_card
 from esper.tamiyo.networks import NetworkSpec
 
 REWARDS = {"digits-gap": load("rewards", "digits-gap", RewardSpec)}
 TINY = {"network": NetworkSpec(hidden=16, slot_hidden=8), "steps": 4, "batch_size": 16, "log_every": 2}
-FAST = {"bc": BcRecipe(**TINY), "iql": IqlRecipe(**TINY, value_steps=4), "cql": CqlRecipe(**TINY)}
+FAST = {
+    "bc": BcRecipe(**TINY),
+    "rwbc": RwbcRecipe(**TINY),
+    "iql": IqlRecipe(**TINY, value_steps=4),
+    "cql": CqlRecipe(**TINY),
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def verdict(version: Version, level: Level, uses: tuple[Use, ...]) -> Verdict:
     )
 
 
-@pytest.mark.parametrize("algorithm", ["bc", "iql", "cql"])
+@pytest.mark.parametrize("algorithm", ["bc", "rwbc", "iql", "cql"])
 def test_the_same_specification_data_and_seed_give_the_same_bytes(
     version: Version, tmp_path: Path, algorithm: str
 ) -> None:
@@ -97,6 +104,57 @@ def test_wrong_algorithms_and_recipes_are_named(version: Version, tmp_path: Path
         train("cqll", version, **options)
     with pytest.raises(SpecError, match="BcRecipe"):
         train("bc", version, recipe=FAST["cql"], **options)
+    with pytest.raises(SpecError, match="expected: BcRecipe"):
+        train("bc", version, recipe=FAST["rwbc"], **options)
+    with pytest.raises(SpecError, match="expected: D3rlpyRecipe"):
+        train("iql", version, backend="d3rlpy", recipe=D3rlpyRecipe(algorithm="cql"), **options)
+    with pytest.raises(SpecError, match="d3rlpy has no rwbc"):
+        train("rwbc", version, backend="d3rlpy", **options)
+
+
+def test_a_recipe_is_a_file_with_changes_and_names_what_it_does_not_know(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("steps = 7\nnetwork.hidden = 9\n")
+    recipe = load_recipe("iql", "esper", str(path), {"expectile": 0.6, "network": {"slot_hidden": 5}})
+    assert recipe == IqlRecipe(steps=7, expectile=0.6, network=NetworkSpec(hidden=9, slot_hidden=5))
+    assert total_steps(recipe) == (1500, 7)
+    assert total_steps(load_recipe("bc")) == (0, 1500)
+    assert load_recipe("cql", "d3rlpy", changes={"alpha": 2.0}).alpha == 2.0
+    with pytest.raises(SpecError, match=r"mine.toml\): unknown key 'expectil'; did you mean 'expectile'"):
+        load_recipe("iql", "esper", str(path), {"expectil": 0.6})
+    with pytest.raises(UnknownNameError, match="did you mean 'cql'"):
+        load_recipe("cql", "esper", "cqk")
+
+
+def test_a_policy_that_is_there_is_kept_and_anything_else_is_trained_again(version: Version, tmp_path: Path) -> None:
+    def steps(**changes) -> int:
+        logs: list[dict[str, float]] = []
+        options = {"rewards": REWARDS, "out": tmp_path / "p", "seed": 0, "override_health": "a test"}
+        train(
+            "bc", version, **{**options, "recipe": FAST["bc"], "resume": tmp_path / "r", **changes}, on_log=logs.append
+        )
+        return len(logs)
+
+    assert [steps(), steps()] == [2, 0]
+    page = tmp_path / "p" / "README.md"
+    page.unlink()
+    assert steps() == 0
+    assert page.is_file()
+    assert steps(resume=None) == 2
+    assert steps(seed=1) == 2
+    assert steps(seed=1, override_health="another reason") == 2
+    weights = tmp_path / "p" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert steps(seed=1, override_health="another reason") == 2
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_progress_of_another_recipe_is_not_taken_up(version: Version, tmp_path: Path) -> None:
+    Progress(tmp_path / "r", 1, "another").save("policy", 1, {"notes": Notes()})
+    options = {"rewards": REWARDS, "out": tmp_path / "p", "seed": 0, "override_health": "a test", "on_log": print}
+    with pytest.raises(SpecError, match="choose another --run-name, or delete the folder"):
+        train("bc", version, recipe=FAST["bc"], resume=tmp_path / "r", **options)
+    assert not (tmp_path / "p").exists()
 
 
 def test_the_bundled_recipes_are_the_defaults() -> None:

@@ -20,7 +20,7 @@ def observations(view: str, num: int = 5) -> torch.Tensor:
     return obs
 
 
-@pytest.mark.parametrize("view", ["v1", "v3", "v4"])
+@pytest.mark.parametrize("view", ["v1", "v3", "v4", "v4-hidden"])
 def test_entries_and_values_have_their_shapes_and_every_parameter_a_gradient(view: str) -> None:
     spec = NetworkSpec(view=view, hidden=16, slot_hidden=8)
     obs = observations(view)

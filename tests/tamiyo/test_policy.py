@@ -16,8 +16,9 @@ from esper.leyline.keys import numpy_generator
 from esper.leyline.observations import FEATURE_COLUMNS, slot_column
 from esper.leyline.protocols import ActInputs
 from esper.tamiyo.checkpoints import CARD, WEIGHTS, PolicyCard, load_checkpoint, read_card, save_checkpoint
+from esper.tamiyo.loading import load_policy
 from esper.tamiyo.networks import NetworkSpec, TreeNet, seeded
-from esper.tamiyo.policy import LearnedController, load_policy
+from esper.tamiyo.policy import LearnedController
 from esper.tamiyo.registry import build_controller
 
 BLANK = {"algorithm": "bc", "recipe": {}, "rewards": {}, "training_seed": 0}

@@ -153,6 +153,17 @@ def test_stepwise_choice_of_the_best_below_is_the_best_leaf_and_raw_logits_favou
     assert tree_torch.argmax(logp, mask)[0, 0] == Op.WAIT
 
 
+def test_where_no_slot_is_open_or_there_is_no_row_everything_still_has_its_shape() -> None:
+    mask = torch.zeros(3, TREE_WIDTH, dtype=torch.bool)
+    mask[:, Op.WAIT] = True
+    values = torch.arange(3.0).unsqueeze(1).expand(3, TREE_WIDTH)
+    for rows in (3, 0):
+        for function in (tree_torch.maximum, tree_torch.logsumexp):
+            assert torch.equal(function(values[:rows], mask[:rows]), torch.arange(float(rows)))
+        for function in (tree_torch.argmax, tree_torch.greedy):
+            assert torch.equal(function(values[:rows], mask[:rows]), torch.zeros(rows, 8, dtype=torch.int8))
+
+
 def test_a_row_that_allows_nothing_raises() -> None:
     mask = torch.zeros(2, TREE_WIDTH, dtype=torch.bool)
     mask[0, Op.WAIT] = True

@@ -1,0 +1,1 @@
+"""Off-policy evaluation: what a policy would be worth, from episodes of others."""
