@@ -86,7 +86,7 @@ def _grow(lineage: Lineage) -> tuple[plain.PlainSeed, list[plain.PlainSeed]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every case, without and with seeds."""
-    chosen = options(__doc__ or "", rounds=5, arguments=arguments)
+    chosen = options(__doc__ or "", rounds=3, arguments=arguments)
     records = []
     for name in MEASURED[-1:] if chosen.quick else MEASURED:
         for with_seeds in (False, True):

@@ -110,6 +110,7 @@ def train_epoch(lineage: Lineage, data: TaskData, env_seed: int, epoch: int, clo
     has_seeds = bool(incubations or lineage.seeds)
     held_still = not clock and host_held_still(lineage.spec, epoch)
     host_weights, clipped = list(network.host.parameters()), clipped_weights(lineage)
+    trained = [weight for group in lineage.optimiser.param_groups for weight in group["params"]]
     loss_sum, correct = torch.zeros((), device=data.device), torch.zeros((), dtype=torch.int64, device=data.device)
     answers = 0
     network.train_mode(True, torch_generator(env_seed, f"{clock}dropout", epoch) if network.has_dropout else None)
@@ -119,7 +120,8 @@ def train_epoch(lineage: Lineage, data: TaskData, env_seed: int, epoch: int, clo
             watch = GradientWatch(lineage)
         logits, tapped = network.run(inputs, taps) if watch is None else watch.run(inputs, taps)
         loss = batch_loss(logits, labels)
-        lineage.optimiser.zero_grad(set_to_none=True)
+        for weight in trained:
+            weight.grad = None
         for incubation in incubations:
             if incubation.key.incubation == "linearised":
                 tapped[incubation.key.slot].retain_grad()
