@@ -120,8 +120,7 @@ def train_epoch(lineage: Lineage, data: TaskData, env_seed: int, epoch: int, clo
             watch = GradientWatch(lineage)
         logits, tapped = network.run(inputs, taps) if watch is None else watch.run(inputs, taps)
         loss = batch_loss(logits, labels)
-        for weight in trained:
-            weight.grad = None
+        drop_gradients(trained)
         for incubation in incubations:
             if incubation.key.incubation == "linearised":
                 tapped[incubation.key.slot].retain_grad()
@@ -132,8 +131,7 @@ def train_epoch(lineage: Lineage, data: TaskData, env_seed: int, epoch: int, clo
             with network.batch_statistics():
                 drop_sums += incubate(lineage, tapped, labels, loss.detach(), epoch, watch)
         if held_still:
-            for weight in host_weights:
-                weight.grad = None
+            drop_gradients(host_weights)
         for weights in clipped:
             clip_gradient(weights, lineage.spec.seed_gradient_clip)
         lineage.optimiser.step()
@@ -190,6 +188,12 @@ def incubate(
             step_seed(incubation, lineage.spec.seed_gradient_clip)
         incubation.cpu_s += time.thread_time() - begin
     return torch.stack(drops)
+
+
+def drop_gradients(weights: Sequence[Tensor]) -> None:
+    """Forget the gradients of weights: an optimiser passes over them."""
+    for weight in weights:
+        weight.grad = None
 
 
 def host_held_still(spec: EnvironmentSpec, epoch: int) -> bool:
