@@ -65,7 +65,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
     panels = (
         ("esper", "CPU seconds per episode"),
         ("host_epochs_per_episode", "host epochs per episode"),
-        ("peak_megabytes", "peak memory above the idle process, MB"),
+        ("peak_megabytes", "peak MB above the idle process"),
     )
     sizes = [int(str(record["episodes"])) for record in records]
     for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels):

@@ -10,12 +10,13 @@ from esper.tolaria.workers import CohortPool
 
 NAME = "workers"
 
-COHORTS = 4
+COHORTS = 8
+"""Enough that the worker which ends first does not idle for long."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure four cohorts of equal size."""
-    chosen = options(__doc__ or "", rounds=5, arguments=arguments)
+    """Measure eight cohorts of equal size."""
+    chosen = options(__doc__ or "", rounds=3, arguments=arguments)
     size = TINY if chosen.quick else {"horizon": 8}
     behaviours = 2 if chosen.quick else 4
     plans = [row_of_31(replicate, behaviours, **size) for replicate in range(COHORTS)]
