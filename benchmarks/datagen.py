@@ -60,7 +60,7 @@ def plain_episode(environment: EnvironmentSpec) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure seconds per episode of digits-gap."""
-    chosen = options(__doc__ or "", rounds=3, arguments=arguments)
+    chosen = options(__doc__ or "", rounds=2, arguments=arguments)
     environment, selection = load_environment(ENVIRONMENT), SMALLEST if chosen.quick else None
     if chosen.quick:
         environment = environment.model_copy(update={"horizon": SMALLEST.max_epochs})

@@ -35,7 +35,7 @@ def measure(case: cases.Case, rounds: int, quick: bool) -> Record:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every case."""
-    chosen = options(__doc__ or "", rounds=11, arguments=arguments)
+    chosen = options(__doc__ or "", rounds=9, arguments=arguments)
     records = []
     for case in (cases.IMAGES[6], cases.OTHERS[1]) if chosen.quick else cases.ALL:
         records.append(measure(case, chosen.rounds, chosen.quick))
