@@ -190,14 +190,17 @@ def evaluate_off_policy(
         wall_s=time.monotonic() - started,
     )
     result = result.model_copy(update={"ranking": tuple(past_ranking(context.dataset, version, result))})
-    path = context.folder / RESULT
+    _write(result, context.folder / RESULT)
+    said = {f"estimate of {name}": value for name, value in result.scores().items()}
+    context.events.emit(EventKind.OPE_ENDED, {"policies": len(policies), "wall_s": result.wall_s, **said})
+    return result
+
+
+def _write(result: OpeResult, path: Path) -> None:
     try:
         path.write_text(json.dumps(result.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}") from None
-    said = {f"estimate of {name}": value for name, value in result.scores().items()}
-    context.events.emit(EventKind.OPE_ENDED, {"policies": len(policies), "wall_s": result.wall_s, **said})
-    return result
 
 
 def _recipe(name: str) -> FqeSpec:

@@ -53,16 +53,7 @@ def select(
     """
     order = _ranked(policies, predicted)
     tried = order[:num_tried]
-    arms = [
-        Arm(
-            name=name,
-            group="learned",
-            episode=PlannedEpisode(
-                controller=policies[name].model_copy(update={"sampled": False}), role=Role.SELECTION
-            ),
-        )
-        for name in tried
-    ]
+    arms = [_arm(name, policies[name]) for name in tried]
     contests = [
         contest(open_field(cell), lambda member: arms, range(SELECTION_START, SELECTION_START + cell.selection_seeds))
         for cell in cells
@@ -86,6 +77,11 @@ def select(
         winner=max(tried, key=lambda name: means[name]),
         num_selection_seeds=min(found.num_env_seeds for found in outcomes),
     )
+
+
+def _arm(name: str, policy: LearnedPolicy) -> Arm:
+    greedy = policy.model_copy(update={"sampled": False})
+    return Arm(name=name, group="learned", episode=PlannedEpisode(controller=greedy, role=Role.SELECTION))
 
 
 def _ranked(policies: Mapping[str, LearnedPolicy], predicted: Mapping[str, float]) -> list[str]:

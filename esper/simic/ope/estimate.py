@@ -98,6 +98,7 @@ def value_policy(
         ess = effective_episodes(_stacked([group.log_ratio_EH for group in known])) if known else np.zeros(0)
         here = _episodes_in(logged, None if name == ALL else name)
         num = sum(len(group.env_seed_E) for group in known)
+        here_S = (starts.environment_S == place) | (name == ALL)
         estimates.append(
             PolicyEstimate(
                 policy=policy.name,
@@ -107,7 +108,7 @@ def value_policy(
                 fqe=found[place],
                 members=tuple(members[:, place].tolist()),
                 wdr=wdr_estimate(known, key=(seed, policy.name, name)) if whole else None,
-                num_env_seeds=len(np.unique(starts.env_seed_S[(starts.environment_S == place) | (name == ALL)])),
+                num_env_seeds=len(np.unique(starts.env_seed_S[here_S])),
                 num_episodes=num,
                 num_without_propensity=len(here) - num,
                 effective_episodes=tuple(ess.tolist()),
@@ -115,9 +116,9 @@ def value_policy(
                 data_return=_data_return(logged, here),
             )
         )
-    tried = [*stored_branches(logged), *measured_branches(measured, logged)]
     controller = build_controller(policy)
-    branches = [item for of in tried for item in _correlations(policy.name, of, logged, ensemble, controller, seed)]
+    tried = [*stored_branches(logged), *measured_branches(measured, logged)]
+    branches = (item for of in tried for item in _correlations(policy.name, of, logged, ensemble, controller, seed))
     return Valued(tuple(estimates), tuple(branches))
 
 
