@@ -113,7 +113,9 @@ def print_ope(result: OpeResult) -> None:
 
 
 def _estimate_row(item: PolicyEstimate) -> list[object]:
-    wdr = [None, ""] if item.wdr is None else [item.wdr.mean, _ends(item.wdr)]
+    # without an episode that carries weight it is FQE again, with an interval that means nothing
+    known = item.wdr is not None and item.effective_episodes and item.effective_episodes[0] >= 1
+    wdr = [item.wdr.mean, _ends(item.wdr)] if item.wdr is not None and known else [None, ""]
     weighed = f"{item.num_episodes} ({item.num_without_propensity} left out)"
     fitted = [item.fqe.mean, _ends(item.fqe)]
     return [item.policy, item.environment, *fitted, *wdr, item.usable_decisions, weighed, item.data_return]
