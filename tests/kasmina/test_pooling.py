@@ -45,8 +45,9 @@ def test_the_norm_after_the_pool_gives_the_values_gradients_and_statistics_of_th
         assert (ours - torchs).abs().max() <= within * torchs.abs().max()
 
 
-def test_a_negative_factor_makes_the_norm_come_first():
+@pytest.mark.parametrize("factor", [-0.1, 0.0, float("nan")])
+def test_a_factor_that_is_not_positive_makes_the_norm_come_first(factor):
     norm, x = a_norm(8), images(6, 8, 16, 16)
     with torch.no_grad():
-        norm.weight[3] = -0.1
+        norm.weight[3] = factor
     assert not norm_can_wait(x, norm.weight)

@@ -31,25 +31,25 @@ def max_pool_relu(x_BCHW: Tensor, pool: int) -> Tensor:
 def norm_can_wait(x_BCHW: Tensor, weight_C: Tensor) -> bool:
     """Return whether `pooled_norm` gives what norm and pool give, and sooner.
 
-    The order can change where no factor is negative. Large channels-last activations on a CPU are where it pays.
+    The order can change where every factor is positive. Large channels-last activations on a CPU are where it pays.
     """
     large = x_BCHW.shape[2] * x_BCHW.shape[3] >= MIN_FUSED_PIXELS
     if x_BCHW.device.type != "cpu" or not large or x_BCHW.is_contiguous() or not torch.is_grad_enabled():
         return False
-    return bool((weight_C >= 0).all())
+    return bool((weight_C > 0).all())
 
 
 def pooled_norm(x_BCHW: Tensor, norm: torch.nn.BatchNorm2d, pool: int) -> Tensor:
     """Return relu(max_pool(batch_norm(x))) with batch statistics, updating the running ones.
 
-    A factor that is not negative leaves the order of a channel: its largest value can be taken before the norm, which
+    A positive factor leaves the order of a channel: its largest value can be taken before the norm, which
     then has 1 / pool**2 of the work. Backward, the norm's sums are sums over the winners, and what it takes from every
     value is one linear function of the value: dL/dx = a g - a (sum(g) + x_hat sum(g x_hat)) / n with a = weight / sd.
     Source: Ioffe and Szegedy 2015, section 3.
 
     Args:
         x_BCHW: The convolution's output.
-        norm: With factors that are not negative (`norm_can_wait`).
+        norm: With positive factors (`norm_can_wait`).
         pool: Size of a window, 1 or more.
     """
     out: Tensor = _PooledNorm.apply(
