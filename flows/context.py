@@ -60,9 +60,10 @@ class RunOptions(Spec):
 
     def check_devices(self) -> None:
         """Raise where a device is unknown or not on this machine; starts nothing on it."""
-        from esper.tolaria.workers import check_devices
+        if self.devices is not None:
+            from esper.tolaria.workers import check_devices
 
-        check_devices(self.devices or ())
+            check_devices(self.devices)
 
     def check(self) -> None:
         """Raise where a name of the request is unknown; quick, writes nothing, done before anything is started."""

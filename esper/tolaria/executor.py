@@ -21,7 +21,15 @@ from torch import Tensor
 from esper.leyline.specs import EnvironmentSpec
 from esper.tolaria.augment import draw_shifts, shifted
 from esper.tolaria.gradients import GradientWatch, weight_change
-from esper.tolaria.incubation import clip_gradient, learns_in, linearised, own_pass, step_seed, unseeded_loss
+from esper.tolaria.incubation import (
+    clip_gradient,
+    drop_gradients,
+    learns_in,
+    linearised,
+    own_pass,
+    step_seed,
+    unseeded_loss,
+)
 from esper.tolaria.lineage import EpochMetrics, Lineage, SeedMeasures
 from esper.tolaria.probes import batch_loss, finite_or_nan, validate
 from esper.tolaria.runtime import torch_generator
@@ -188,12 +196,6 @@ def incubate(
             step_seed(incubation, lineage.spec.seed_gradient_clip)
         incubation.cpu_s += time.thread_time() - begin
     return torch.stack(drops)
-
-
-def drop_gradients(weights: Sequence[Tensor]) -> None:
-    """Forget the gradients of weights: an optimiser passes over them."""
-    for weight in weights:
-        weight.grad = None
 
 
 def host_held_still(spec: EnvironmentSpec, epoch: int) -> bool:

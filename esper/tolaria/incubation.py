@@ -44,8 +44,7 @@ def _set_gradients(incubation: Incubation, end: Tensor, pull: Tensor | None, sou
     The input's is asked for too: without it GroupNorm's backward crashes on a channels_last input. `backward` gives
     each gradient its weight's memory layout, which `grad` does not; the fused optimisers read both as they lie there.
     """
-    for weight in incubation.weights:
-        weight.grad = None
+    drop_gradients(incubation.weights)
     torch.autograd.backward(end, pull, inputs=[*incubation.weights, source])
 
 
@@ -92,6 +91,12 @@ def learns_in(incubation: Incubation, epoch: int) -> bool:
     """Return whether the weights of an incubating seed are trained in an epoch."""
     age = epoch - incubation.key.start_epoch
     return incubation.key.incubation == "own_pass" or age < LINEARISED_EPOCHS
+
+
+def drop_gradients(weights: Sequence[Tensor]) -> None:
+    """Forget the gradients of weights: an optimiser passes over them."""
+    for weight in weights:
+        weight.grad = None
 
 
 def clip_gradient(weights: Sequence[Tensor], limit: float) -> None:
