@@ -44,13 +44,8 @@ def returns_to_go(transitions: Transitions, gamma: float) -> Floats:
 
     An episode that was cut off counts as far as it went.
     """
-    goes_on = np.append(transitions.episode_N[1:] == transitions.episode_N[:-1], False)
-    total = np.zeros(len(transitions))
-    running = 0.0
-    for row in range(len(total) - 1, -1, -1):
-        running = transitions.reward_N[row] + gamma * running * float(goes_on[row])
-        total[row] = running
-    return total
+    nothing = np.zeros(len(transitions))
+    return generalised_advantages(transitions, nothing, nothing, gamma=gamma, lam=1.0)
 
 
 def generalised_advantages(
