@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import pyarrow as pa
 from pydantic import Field, JsonValue, model_validator
 
+from esper.karn.kinds import refuse_mixed_tables
 from esper.karn.store import Dataset, Store, open_store
 from esper.leyline.events import EventKind
 from esper.leyline.spec_base import Spec
@@ -110,6 +111,7 @@ class Context:
     def commit(self, tables: Mapping[str, pa.Table]) -> None:
         """Store the episodes that the dataset does not have yet; one commit at a time."""
         with self.commits:
+            refuse_mixed_tables(self.dataset, tables)
             self.dataset.commit(tables)
 
 

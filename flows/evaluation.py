@@ -22,6 +22,7 @@ from flows.checkpoints import named_policies
 from flows.context import Context, RunOptions, open_context
 from flows.orchestration import Orchestrator
 from flows.stored_runs import StoredRuns
+from flows.versions import refuse_skeleton
 
 RESULT = "evaluation.json"
 PAGE = "evaluation.md"
@@ -44,7 +45,10 @@ class EvaluateRequest(RunOptions):
     def resolve(self) -> tuple[PipelineSpec, dict[str, LearnedPolicy], Version]:
         """Return what the names stand for."""
         spec = load("pipelines", self.pipeline, PipelineSpec)
-        return spec, named_policies(self.policies), open_store(self.store).resolve(self.dataset)
+        policies = named_policies(self.policies)
+        version = open_store(self.store).resolve(self.dataset)
+        refuse_skeleton(version)
+        return spec, policies, version
 
 
 def run_evaluation(request: EvaluateRequest, orchestrator: Orchestrator) -> tuple[Evaluation, Path]:

@@ -1,4 +1,4 @@
-"""Rows for episodes that could not be run: nothing that was planned vanishes."""
+"""Cohorts that cannot be run: whether to try again, and the rows by which nothing that was planned vanishes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,44 @@ import datetime
 
 import pyarrow as pa
 
+from esper.leyline.errors import EsperError
 from esper.leyline.identity import ENGINE_VERSION, EpisodeIdentity
 from esper.leyline.keys import hex_digest
 from esper.leyline.matrix import CohortPlan, PlannedEpisode
 from esper.leyline.schema import SCHEMAS
+from esper.tolaria.workers import WorkerDiedError
+
+MAX_TRIES = 3
+"""Of a cohort in one run: accidents, such as a worker that was killed, seldom come three times."""
 
 _COMMIT_COLUMNS = ("commit_id", "attempt")
 _COUNTS = ("num_steps", "host_params", "final_seed_params", "num_fossils")
 _OPS = ("num_wait", "num_germinate", "num_advance", "num_fossilize", "num_prune")
+
+
+class GenerationError(EsperError):
+    """Some of the episodes that were planned could not be run; everything else is stored."""
+
+
+class Tries:
+    """Whether to try a cohort again after an error: not after one that came before, for it will come again.
+
+    A worker process that died is an accident however often it dies; that ends with the last try.
+
+    Args:
+        at_most: Tries in all.
+    """
+
+    def __init__(self, at_most: int = MAX_TRIES) -> None:
+        self.at_most = at_most
+        self._seen: list[tuple[str, str]] = []
+
+    def __call__(self, error: Exception) -> bool:
+        """Note an error; return whether another try is of use."""
+        kind = (type(error).__name__, str(error))
+        is_new = kind not in self._seen
+        self._seen.append(kind)
+        return len(self._seen) < self.at_most and (is_new or isinstance(error, WorkerDiedError))
 
 
 def uncommitted_schema(table: str) -> pa.Schema:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Self
 from pydantic import Field, model_validator
 
 from esper.karn.overrides import check_reason
+from esper.karn.splits_stored import DEFAULT_NAME, find_split
 from esper.karn.store import open_store
 from esper.karn.versions import Version
 from esper.leyline.errors import EsperError, SpecError, StoreError
@@ -35,6 +36,7 @@ from flows.ope import ope_scores
 from flows.orchestration import Orchestrator
 from flows.selection import Selected, select_policies
 from flows.training import TrainJob, make_job, train_rows
+from flows.versions import refuse_skeleton
 
 RESULT = "training.json"
 DEFAULT_GRID = "offline"
@@ -53,6 +55,7 @@ class TrainRequest(RunOptions):
         seeds: Training seeds; each recipe is trained with each.
         name: The policy's name; a grid names its own.
         patience: Measurements without a lower held-out loss before a learner stops; None leaves it to the recipe.
+        split: Name of the stored split whose validation seeds are held out.
         override_health: Why to train without a verdict, or against it.
         tensorboard: Write the losses for TensorBoard too.
         live_env_seeds: Of an imitation policy beside its heuristic; 0 for none.
@@ -70,6 +73,7 @@ class TrainRequest(RunOptions):
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0,)
     name: Annotated[str, Field(pattern=POLICY_NAME)] | None = None
     patience: Annotated[int, Field(ge=1)] | None = None
+    split: str = DEFAULT_NAME
     override_health: str | None = None
     tensorboard: bool = False
     live_env_seeds: Annotated[int, Field(ge=0)] = 0
@@ -111,7 +115,10 @@ class TrainRequest(RunOptions):
             check_reason(self.override_health)
         if self.heuristic is not None:
             rules_named(self.heuristic)
-        open_store(self.store).resolve(self.dataset)
+        version = open_store(self.store).resolve(self.dataset)
+        refuse_skeleton(version)
+        if self.split != DEFAULT_NAME:
+            find_split(version, self.split)
         if self.select:
             for cell in load("pipelines", self.pipeline, PipelineSpec).evaluation:
                 load_environments(cell.environment)
@@ -200,6 +207,7 @@ def _jobs(context: Context, version: Version, request: TrainRequest) -> list[Tra
             backend=point.backend,
             recipe=point.recipe,
             changes=point.changes,
+            split=request.split,
             tensorboard=request.tensorboard,
         )
         for point in request.points()

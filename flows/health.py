@@ -11,6 +11,8 @@ from esper.karn.versions import Version
 from esper.leyline.errors import HealthError
 from esper.leyline.events import EventKind
 from esper.leyline.verdict import Level, Use, Verdict
+from flows.artifacts import artifact_key, publish
+from flows.automations import announce_verdict
 from flows.context import Context, RunOptions, open_context
 from flows.notify import notify_blocked
 from flows.orchestration import LocalOrchestrator, Orchestrator
@@ -41,7 +43,9 @@ def run_health(request: HealthRequest, orchestrator: Orchestrator) -> Checked:
     """Check a version and store the verdict, whatever it is."""
     version = open_store(request.store).resolve(request.dataset)
     with open_context(request, version.name, "health", orchestrator, events={"version": version.ref}) as context:
-        return check_health(context, version)
+        checked = check_health(context, version)
+        announce_verdict(version, checked.verdict, context.store, orchestrator)
+        return checked
 
 
 def check_health(context: Context, version: Version) -> Checked:
@@ -79,12 +83,10 @@ def check_health(context: Context, version: Version) -> Checked:
 
 def _publish(verdict: Verdict, page: Path) -> None:
     """Show the verdict as an artifact of the current flow run."""
-    from prefect.artifacts import create_markdown_artifact
-
-    create_markdown_artifact(
-        markdown=verdict_markdown(verdict, page),
-        key=f"health-{verdict.dataset}-{verdict.version}",
-        description=f"Health of {verdict.dataset}@{verdict.version}",
+    publish(
+        artifact_key("health", verdict.dataset, verdict.version),
+        verdict_markdown(verdict, page),
+        f"Health of {verdict.dataset}@{verdict.version}",
     )
 
 

@@ -27,7 +27,7 @@ from flows.checkpoints import named_policies
 from flows.context import Context, RunOptions, open_context
 from flows.orchestration import Orchestrator, Unit, results
 from flows.past_estimates import RESULT, past_ranking
-from flows.versions import rewards_of
+from flows.versions import refuse_skeleton, rewards_of
 
 if TYPE_CHECKING:
     from esper.simic.ope.fqe import FqeSpec
@@ -67,10 +67,12 @@ class OpeRequest(RunOptions):
 
     def resolve(self) -> tuple[dict[str, LearnedPolicy], Version]:
         """Return the policies by name, and the version."""
+        version = open_store(self.store).resolve(self.dataset)
+        refuse_skeleton(version)
         found = named_policies(self.policies)
         changes = {"sampled": self.sampled}
         policies = {name: policy.model_copy(update=changes) for name, policy in found.items()}
-        return policies, open_store(self.store).resolve(self.dataset)
+        return policies, version
 
 
 class OpeJob(Spec):
@@ -157,7 +159,7 @@ def evaluate_off_policy(
     measured = _run_branches(context, version, policies, view, seed, branch_states, branch_actions)
     job = partial(
         OpeJob,
-        store=str(context.store.root),
+        store=context.store.url,
         dataset=version.ref,
         recipe=recipe,
         seed=seed,
@@ -168,7 +170,7 @@ def evaluate_off_policy(
     left_out = 0
     if behaviours:
         names, left_out = json.loads(
-            context.pool.call(behaviour_names, str(context.store.root), version.ref, view, behaviours).result()
+            context.pool.call(behaviour_names, context.store.url, version.ref, view, behaviours).result()
         )
         jobs += [job(behaviour=key, name=name) for key, name in names]
     if iql_critic:
@@ -279,7 +281,7 @@ def _run_branches(
     from esper.simic.ope.logged import replay_actions
     from esper.tamiyo.registry import build_controller
 
-    logged = _logged(str(context.store.root), version.ref, view)
+    logged = _logged(context.store.url, version.ref, view)
     rewards = rewards_of(version)
     found = {}
     for name, policy in policies.items():

@@ -16,12 +16,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Unit(Generic[T]):
-    """One piece of work: `kind` names the task, `name` the run of it; it is tried 1 + `retries` times."""
+    """One piece of work: `kind` names the task, `name` the run of it.
+
+    It is tried 1 + `retries` times, no further once `again` says of an error that trying again is of no use.
+    """
 
     kind: str
     name: str
     work: Callable[[], T]
     retries: int = 0
+    again: Callable[[Exception], bool] = lambda error: True
 
 
 class Orchestrator(Protocol):
@@ -65,6 +69,8 @@ def _attempts(unit: Unit[T]) -> T | Exception:
             return unit.work()
         except Exception as error:  # a unit's failure is a result that its flow decides about
             outcome = error
+            if not unit.again(error):
+                break
     return outcome  # type: ignore[return-value]
 
 

@@ -79,7 +79,9 @@ def live_returns(dataset: Dataset, version: Version) -> dict[str, dict[str, floa
     from esper.simic.ope.live import episode_returns
 
     columns = ["episode_id", "attempt", "commit_id", "environment_spec", "role", "controller_spec", "outcome"]
-    episodes = last_attempts(delta.read_current(dataset.path / "episodes", "episodes", [*columns, "control_valid"]))
+    episodes = last_attempts(
+        delta.read_current(dataset.place.child("episodes"), "episodes", [*columns, "control_valid"])
+    )
     good = pc.and_(pc.equal(episodes["role"], Role.EVALUATION.value), episodes["control_valid"])
     episodes = episodes.filter(pc.and_(good, pc.not_equal(episodes["outcome"], "failed")))
     specs = {text: CONTROLLER.validate_json(text) for text in set(episodes["controller_spec"].to_pylist())}
@@ -88,7 +90,7 @@ def live_returns(dataset: Dataset, version: Version) -> dict[str, dict[str, floa
     if not len(episodes):
         return {}
     names = ["attempt", "commit_id", "episode_id", "is_last", "reward_accuracy_points", "reward_growth_log2"]
-    steps = delta.read_current(dataset.path / "steps", "steps", names)
+    steps = delta.read_current(dataset.place.child("steps"), "steps", names)
     steps = steps.filter(pc.is_in(attempt_keys(steps), attempt_keys(episodes)))
     rewards = rewards_of(version)
     names_of = {text: json.loads(text)["name"] for text in set(episodes["environment_spec"].to_pylist())}

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from esper.karn.kinds import refuse_mixture
+from esper.karn.store import open_store
 from esper.karn.versions import Version
 from esper.leyline.comparison import Evaluation
 from esper.leyline.controller_specs import LearnedPolicy
@@ -46,6 +48,7 @@ class PipelineRequest(RunOptions):
             load("rewards", cell.reward, RewardSpec)
         _points(spec)
         matrix, plans = plan_matrix(self.matrix or spec.matrix)
+        refuse_mixture(open_store(self.store).dataset(matrix.name), skeleton=False)
         return spec, matrix, plans
 
 

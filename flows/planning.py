@@ -9,22 +9,35 @@ import pyarrow as pa
 from pydantic import Field
 
 from esper.karn.store import Dataset
-from esper.leyline.controller_specs import behaviour
+from esper.karn.versions import Version
+from esper.leyline.controller_specs import ELEVEN_BEHAVIOURS
 from esper.leyline.errors import SpecError, unknown_name
 from esper.leyline.identity import root_host_key
 from esper.leyline.library import family_of, load, load_environment
-from esper.leyline.matrix import Branch, CohortPlan, MatrixSpec
+from esper.leyline.matrix import Branch, Cell, CohortPlan, MatrixSpec
 from esper.leyline.plans import expand
 from esper.leyline.spec_base import Spec
 from esper.leyline.specs import Numerics
 
+BESIDE_BEHAVIOURS = ("schedule-sampler", "trials")
+"""What a selection of behaviours may name beside the behaviours themselves: a cell's explorers, and its trials."""
+
 
 class Selection(Spec):
-    """A part of a matrix; None leaves everything in."""
+    """A part of a matrix, or another number of its episodes; None leaves everything as it is.
+
+    Attributes:
+        environments: Environments of the matrix, or members of its families.
+        behaviours: Behaviours, `schedule-sampler` and `trials`.
+        epsilons: In place of the matrix's.
+        episodes_per_combo: Episodes of each environment, behaviour and epsilon: its replicates times its repetitions.
+        max_epochs: A shorter horizon.
+    """
 
     environments: tuple[str, ...] | None = None
     behaviours: tuple[str, ...] | None = None
     epsilons: tuple[float, ...] | None = None
+    episodes_per_combo: Annotated[int, Field(ge=1)] | None = None
     max_epochs: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -69,8 +82,8 @@ def plan_matrix(name: str, selection: Selection | None = None) -> tuple[MatrixSp
 def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
     environments = _selected_environments(matrix, selection)
     for name in selection.behaviours or ():
-        if name not in ("schedule-sampler", "trials"):
-            behaviour(name)
+        if name not in BESIDE_BEHAVIOURS and name not in ELEVEN_BEHAVIOURS:
+            raise unknown_name("behaviour", name, [*ELEVEN_BEHAVIOURS, *BESIDE_BEHAVIOURS])
     cells = []
     for cell in matrix.cells:
         changes: dict[str, object] = {}
@@ -80,6 +93,8 @@ def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
             changes["trials"] = cell.trials if "trials" in selection.behaviours else ()
         if selection.epsilons is not None:
             changes["epsilons"] = selection.epsilons
+        if selection.episodes_per_combo is not None:
+            changes["replicates"] = _replicates(cell, selection.episodes_per_combo)
         for environment in environments[cell.environment]:
             cut = cell.model_copy(update={**changes, "environment": environment})
             if cut.behaviours or cut.explorers or cut.trials:
@@ -92,6 +107,17 @@ def _select(matrix: MatrixSpec, selection: Selection) -> MatrixSpec:
         )
     kept = {"cells": [cell.model_dump() for cell in cells], "branches": [branch.model_dump() for branch in branches]}
     return MatrixSpec.parse({"name": matrix.name, **kept}, "the selection")
+
+
+def _replicates(cell: Cell, episodes_per_combo: int) -> int:
+    """The replicates of a cell that make so many episodes of each combination."""
+    replicates, rest = divmod(episodes_per_combo, cell.repetitions)
+    if rest or not replicates:
+        raise SpecError(
+            f"--episodes-per-combo {episodes_per_combo}: cell {cell.environment!r} repeats each episode "
+            f"{cell.repetitions} times\n  expected: a multiple of {cell.repetitions}"
+        )
+    return replicates
 
 
 def _selected_environments(matrix: MatrixSpec, selection: Selection) -> dict[str, list[str]]:
@@ -227,12 +253,15 @@ def estimate(plans: Sequence[CohortPlan], dataset: Dataset) -> Estimate:
 
 
 def _newest_ratio(dataset: Dataset) -> float | None:
-    for version in reversed(dataset.versions()):
-        measured = version.manifest.provenance.get("host_epochs")
-        ratio = measured.get("ratio") if isinstance(measured, dict) else None
-        if isinstance(ratio, int | float):
-            return float(ratio)
-    return None
+    ratios = (measured_ratio(version) for version in reversed(dataset.versions()))
+    return next((ratio for ratio in ratios if ratio is not None), None)
+
+
+def measured_ratio(version: Version) -> float | None:
+    """Return host epochs alone over computed in the run that sealed a version, None where it computed none."""
+    measured = version.manifest.provenance.get("host_epochs")
+    ratio = measured.get("ratio") if isinstance(measured, dict) else None
+    return float(ratio) if isinstance(ratio, int | float) else None
 
 
 def computed_epochs(plan: CohortPlan, steps: pa.Table) -> int:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Protocol, Self, TextIO
 
-from rich.console import Console
+import pyarrow as pa
+from rich import box
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from esper.karn.progress_table import COUNTS, progress_line, summed
 
 LINE_EVERY_S = 30.0
+TABLE_EVERY_S = 1.0
+
+BARS_LINES = 6
+"""Lines of a terminal that the table leaves to the bars, its own head and what is written above them."""
 
 
 class Reporter(Protocol):
@@ -37,6 +47,10 @@ class Reporter(Protocol):
         """A task has ended and need not be shown any more."""
         ...
 
+    def table(self, make: Callable[[], pa.Table], *, at_end: bool = False) -> None:
+        """How far each cell of a plan is; `make` returns the table of progress and is called where it is shown."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(
@@ -54,6 +68,7 @@ class PlainReporter:
         self._started = time.monotonic()
         self._last_note = self._started
         self._last_reached: dict[str, float] = {}
+        self._last_table = self._started
 
     def begin(self, task: str, total: int) -> None:
         """A task of `total` units begins."""
@@ -87,6 +102,14 @@ class PlainReporter:
     def end(self, task: str) -> None:
         """Lines stay where they are."""
 
+    def table(self, make: Callable[[], pa.Table], *, at_end: bool = False) -> None:
+        """Print the sums of the table of progress every half minute, and at the end."""
+        with self._lock:
+            now = time.monotonic()
+            if at_end or now - self._last_table >= LINE_EVERY_S:
+                self._last_table = now
+                self._write(progress_line(make()))
+
     def _write(self, text: str) -> None:
         elapsed = int(time.monotonic() - self._started)
         self._stream.write(f"[{elapsed // 60:02d}:{elapsed % 60:02d}] {text}\n")
@@ -101,11 +124,23 @@ class PlainReporter:
         return None
 
 
+class _BarsAndTable(Progress):
+    """Bars, and beneath them whatever table there is."""
+
+    beneath: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Yield the bars, then the table."""
+        yield self.make_tasks_table(self.tasks)
+        if self.beneath is not None:
+            yield self.beneath
+
+
 class BarReporter:
-    """One bar per task."""
+    """One bar per task, and beneath them the table of progress."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
+        self._progress = _BarsAndTable(
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(),
@@ -115,6 +150,7 @@ class BarReporter:
             console=console,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._last_table = -TABLE_EVERY_S
 
     def begin(self, task: str, total: int) -> None:
         """A task of `total` units begins."""
@@ -141,6 +177,13 @@ class BarReporter:
         if task in self._tasks:
             self._progress.remove_task(self._tasks.pop(task))
 
+    def table(self, make: Callable[[], pa.Table], *, at_end: bool = False) -> None:
+        """Show the table of progress beneath the bars, anew at most every second, as finely as the screen has lines."""
+        now = time.monotonic()
+        if at_end or now - self._last_table >= TABLE_EVERY_S:
+            self._last_table = now
+            self._progress.beneath = table_of_progress(make(), self._progress.console.height - BARS_LINES)
+
     def __enter__(self) -> Self:
         self._progress.start()
         return self
@@ -149,6 +192,30 @@ class BarReporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+def table_of_progress(table: pa.Table, max_rows: int) -> Table:
+    """Return planned, done and failed episodes as a table for a terminal, summed until it has few enough rows.
+
+    Args:
+        table: The table of progress.
+        max_rows: Most rows; a plan whose environments are more than that shows those with most to go.
+    """
+    levels = (["environment", "controller", "epsilon"], ["environment", "controller"], ["environment"])
+    found = next(((keys, rows) for keys in levels if (rows := summed(table, keys)).num_rows <= max_rows), None)
+    keys, rows = found or (levels[-1], summed(table, levels[-1]))
+    hidden = max(0, rows.num_rows - max(1, max_rows))
+    if hidden:
+        rows = rows.sort_by([("remaining", "descending")]).slice(0, rows.num_rows - hidden)
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=f"and {hidden} more" if hidden else None)
+    for name in (*keys, *COUNTS):
+        shown.add_column(name, justify="right" if name in COUNTS or name == "epsilon" else "left", no_wrap=True)
+    for row in rows.to_pylist():
+        style = "red" if row["failed"] else "dim" if not row["remaining"] else None
+        shown.add_row(
+            *(f"{row[key]:g}" if key == "epsilon" else str(row[key]) for key in (*keys, *COUNTS)), style=style
+        )
+    return shown
 
 
 def reporter() -> Reporter:

@@ -1,41 +1,42 @@
-"""A Prefect server of one's own on the loopback interface, for as long as a command runs."""
+"""A Prefect server of one's own, for as long as a command runs."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from esper.karn.store import open_store
-from esper.leyline.errors import EsperError
 from esper.tolaria.workers import temporary_environment
 from flows.context import RunOptions
+from flows.ending import CAN_END_WITH_PARENT, end_with_parent
+from flows.homes import HOME, ServerError, healthy, held, make_home, say_who_holds, serve_address
 from flows.orchestration import Orchestrator
 
 T = TypeVar("T")
 Request = TypeVar("Request", bound=RunOptions)
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 5.0
-_PR_SET_PDEATHSIG = 1
+HEARTBEAT_EVERY_S = 30
+"""Every run tells the server so often that it lives, a command's own too: one that is silent is taken for lost."""
 
-
-class ServerError(EsperError):
-    """Prefect's server did not start."""
+LOOPBACK = "127.0.0.1"
+EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared with, never bound by default
+API_URL = "PREFECT_API_URL"
 
 
 def settings(home: Path) -> dict[str, str]:
-    """Return Prefect's settings for server and client: state under `home`, no analytics, a quiet console.
+    """Return Prefect's settings for server, worker and client: state under `home`, no analytics, a quiet console.
 
     Logs still reach the server; only what would be printed between Esper's own lines is left out.
     """
@@ -47,71 +48,96 @@ def settings(home: Path) -> dict[str, str]:
         "PREFECT_CLI_COLORS": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "PREFECT_SHOW_WELCOME_MESSAGE": "false",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_EVERY_S),
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_UI_API_URL": "/api",  # of the address that the browser is at, whichever port that has
+        "PREFECT_SERVER_SERVICES_SCHEDULER_MAX_RUNS": "10",  # of a schedule ahead; a short interval would make 100
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@dataclass
+class PrefectServer:
+    """A server process with its state in `home`; `start` it from the main thread, to which its life is tied."""
+
+    home: Path
+    host: str = LOOPBACK
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """The address of its API, as this machine reaches it."""
+        host = LOOPBACK if self.host in EVERYWHERE else self.host
+        return f"http://{host}:{self.port}/api"
+
+    @property
+    def log(self) -> Path:
+        """The file of its output."""
+        return self.home / "server.log"
+
+    def start(self) -> None:
+        """Start the process; it is not ready yet."""
+        self.port = self.port or _free_port(self.host)
+        environment = os.environ | settings(self.home)
+        environment.pop(API_URL, None)
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", self.host, "--port", str(self.port)]
+        with self.log.open("ab") as log:
+            self.process = start_child(command, environment, log)
+
+    def wait_until_ready(self) -> None:
+        """Return when the server answers; ServerError where it ended, or took too long."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not healthy(self.url):
+            if not self.alive:
+                code = None if self.process is None else self.process.returncode
+                raise ServerError(f"Prefect's server ended with code {code} before it was ready\n{self._hint()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"Prefect's server was not ready after {START_TIMEOUT_S:.0f} s\n{self._hint()}")
+            time.sleep(0.2)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def stop(self) -> None:
+        """End the server and everything it started."""
+        if self.process is not None:
+            stop_group(self.process)
+
+    def _hint(self) -> str:
+        return f"  its output: {self.log}\n  most commands do the same work without it: --no-prefect"
 
 
-def _die_with_parent() -> None:
-    """Runs in the child before exec: the kernel kills it when the parent is gone, `kill -9` included (Linux)."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def start_child(command: list[str], environment: dict[str, str], log: BinaryIO) -> subprocess.Popen[bytes]:
+    """Start a process in a group of its own that ends with this one, its output in a log."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C is for the parent, which stops it when its runs have ended
+        preexec_fn=end_with_parent if CAN_END_WITH_PARENT else None,  # noqa: PLW1509
+    )
 
 
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-
-def _start(home: Path, port: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | settings(home)
-    environment.pop("PREFECT_API_URL", None)
-    with (home / "server.log").open("ab") as log:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the parent, which stops the server when its runs have ended
-            preexec_fn=_die_with_parent if _LIBC is not None else None,  # noqa: PLW1509
-        )
-
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server and everything it started."""
+def stop_group(process: subprocess.Popen[bytes], patience_s: float = STOP_TIMEOUT_S) -> None:
+    """End a process of `start_child` and its group: asked first, then killed."""
     for wanted in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, wanted)
+            os.killpg(process.pid, wanted)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(timeout=STOP_TIMEOUT_S)
+            process.wait(timeout=patience_s)
 
 
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:  # noqa: S310 - loopback
-            return bool(answer.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _wait_until_healthy(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not _healthy(url):
-        if server.poll() is not None:
-            raise ServerError(
-                f"Prefect's server ended with code {server.returncode} before it was ready\n"
-                f"  its output: {log}\n  --no-prefect does the same work without it"
-            )
-        if time.monotonic() > deadline:
-            raise ServerError(
-                f"Prefect's server was not ready after {START_TIMEOUT_S:.0f} s\n"
-                f"  its output: {log}\n  --no-prefect does the same work without it"
-            )
-        time.sleep(0.2)
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            raise ServerError(f"cannot listen on {host}: {error.strerror}") from None
+        return int(probe.getsockname()[1])
 
 
 def _send_what_is_queued() -> None:
@@ -124,8 +150,22 @@ def _send_what_is_queued() -> None:
 
 
 @contextlib.contextmanager
-def loopback_server(home: Path) -> Iterator[str]:
-    """Run a Prefect server on 127.0.0.1 and point this process at it; yield its API address.
+def using_server(url: str, home: Path) -> Iterator[None]:
+    """Within it, the process environment and Prefect's settings name a server."""
+    with temporary_environment(settings(home) | {API_URL: url}):
+        # The environment must be set before the import, which takes a second or two.
+        from prefect.settings import temporary_settings
+
+        with temporary_settings({"api.url": url, "home": str(home)}):
+            try:
+                yield
+            finally:
+                _send_what_is_queued()
+
+
+@contextlib.contextmanager
+def running_server(home: Path, host: str = LOOPBACK, port: int = 0) -> Iterator[PrefectServer]:
+    """Run a Prefect server and point this process at it; port 0 takes a free one.
 
     State and log lie in `home` (made if missing). Inside, the process environment and Prefect's settings name the
     server; afterwards both are as before and the server is gone, whatever happened. It also ends when this process is
@@ -134,33 +174,54 @@ def loopback_server(home: Path) -> Iterator[str]:
     Raises:
         ServerError: The server ended, or was not ready in time.
     """
+    server = PrefectServer(make_home(home), host, port)
+    server.start()
     try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ServerError(f"cannot make {home} for Prefect's state: {error.strerror}") from None
-    home = home.resolve()
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    server = _start(home, port)
-    try:
-        wanted = settings(home) | {"PREFECT_API_URL": url}
-        with temporary_environment(wanted):
-            # The import takes a second or two, while the server starts; the environment must be set before it.
-            from prefect.settings import temporary_settings
+        with temporary_environment(settings(server.home) | {API_URL: server.url}):
+            import prefect.settings  # noqa: F401 - while the server starts
 
-            _wait_until_healthy(server, url, home / "server.log")
-            with temporary_settings({"api.url": url, "home": str(home)}):
-                try:
-                    yield url
-                finally:
-                    _send_what_is_queued()
+        server.wait_until_ready()
+        with using_server(server.url, server.home):
+            yield server
     finally:
-        _stop(server)
+        server.stop()
+
+
+@contextlib.contextmanager
+def loopback_server(home: Path) -> Iterator[str]:
+    """Run a server on 127.0.0.1 as `running_server` does; yield its API address."""
+    with running_server(home) as server:
+        yield server.url
+
+
+@contextlib.contextmanager
+def server_for(store: str | Path | None) -> Iterator[str]:
+    """Point this process at the Prefect server of a command on a store; yield its API address.
+
+    That is $PREFECT_API_URL where it is set, else the store's running `esper serve`, else a loopback server of the
+    command's own. One command at a time keeps its history in the store; another's is gone when it ends.
+    """
+    home = open_store(store).root / HOME
+    found = os.environ.get(API_URL) or serve_address(home)
+    if found is not None:
+        with using_server(found, make_home(home)):
+            yield found
+        return
+    with held(home) as is_ours:
+        own = home if is_ours else home / f"beside-{os.getpid()}"
+        try:
+            with loopback_server(own) as url:
+                if is_ours:
+                    say_who_holds(home, "command", url)
+                yield url
+        finally:
+            if not is_ours:
+                shutil.rmtree(own, ignore_errors=True)
 
 
 def run_with_prefect(command: str, request: Request, core: Callable[[Request, Orchestrator], T]) -> T:
-    """Run a flow function on a loopback server whose state lies in the store; the server is gone afterwards."""
-    with loopback_server(open_store(request.store).root / ".prefect"):
+    """Run a flow function on the server of its store (see `server_for`)."""
+    with server_for(request.store):
         from flows.prefect_flows import run_as_flow  # Prefect reads its settings at import: not before the server's
 
         return run_as_flow(command, request, core)

@@ -27,7 +27,7 @@ _EPISODE = [
 
 def stored_episodes(dataset: Dataset, ids: Collection[str]) -> dict[str, StoredEpisode]:
     """Return what is stored of the episodes by id; those that are not stored, or failed, are left out."""
-    rows = last_attempts(delta.read_current(dataset.path / "episodes", "episodes", _EPISODE))
+    rows = last_attempts(delta.read_current(dataset.place.child("episodes"), "episodes", _EPISODE))
     rows = rows.filter(pc.is_in(rows["episode_id"], pa.array(sorted(ids), pa.string())))
     rows = rows.filter(pc.not_equal(rows["outcome"], "failed"))
     seconds = _cpu_seconds(dataset)
@@ -47,16 +47,16 @@ def stored_episodes(dataset: Dataset, ids: Collection[str]) -> dict[str, StoredE
 
 def stored_steps(dataset: Dataset, ids: Collection[str], columns: Sequence[str]) -> pa.Table:
     """Return columns of the observations of the episodes' last attempts, with `episode_id` and `step`."""
-    episodes = last_attempts(delta.read_current(dataset.path / "episodes", "episodes", _KEY))
+    episodes = last_attempts(delta.read_current(dataset.place.child("episodes"), "episodes", _KEY))
     episodes = episodes.filter(pc.is_in(episodes["episode_id"], pa.array(sorted(ids), pa.string())))
-    steps = delta.read_current(dataset.path / "steps", "steps", [*_KEY, "step", *columns])
+    steps = delta.read_current(dataset.place.child("steps"), "steps", [*_KEY, "step", *columns])
     kept = steps.filter(pc.is_in(attempt_keys(steps), attempt_keys(episodes)))
     return kept.drop_columns(["attempt", "commit_id"])
 
 
 def _cpu_seconds(dataset: Dataset) -> dict[str, float]:
     """CPU seconds of each attempt of each episode, as if it had run alone."""
-    costs = delta.read_current(dataset.path / "costs", "costs", [*_KEY, "cpu_s_alone"])
+    costs = delta.read_current(dataset.place.child("costs"), "costs", [*_KEY, "cpu_s_alone"])
     keyed = pa.table({"key": attempt_keys(costs), "cpu_s": costs["cpu_s_alone"]})
     sums = keyed.group_by("key", use_threads=False).aggregate([("cpu_s", "sum")])
     return dict(zip(sums["key"].to_pylist(), sums["cpu_s_sum"].to_pylist(), strict=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esper.karn.policy_card import write_policy_page
+from esper.karn.splits_stored import DEFAULT_NAME
 from esper.karn.store import open_store
 from esper.karn.versions import Version
 from esper.leyline.controller_specs import LearnedPolicy
@@ -23,7 +24,7 @@ from esper.nissa.writer import EventWriter
 from flows.context import Context, RunOptions, open_context
 from flows.following import VALUES_STAGE, following
 from flows.orchestration import Orchestrator, Unit, results
-from flows.versions import environments_of, rewards_of
+from flows.versions import environments_of, refuse_skeleton, rewards_of
 
 if TYPE_CHECKING:
     from esper.tamiyo.checkpoints import PolicyCard
@@ -52,7 +53,9 @@ class PpoRequest(RunOptions):
         if ref is None:
             raise SpecError(f"checkpoint {self.start} names no dataset\n  give one: --dataset NAME")
         start = LearnedPolicy(name=card.name, path=self.start, digest=card.weights_sha256)
-        return start, open_store(self.store).resolve(ref)
+        version = open_store(self.store).resolve(ref)
+        refuse_skeleton(version)
+        return start, version
 
 
 class TrainJob(Spec):
@@ -61,6 +64,7 @@ class TrainJob(Spec):
     Attributes:
         recipe: Every field of the learner's specification.
         steps: Gradient steps of its values (0 where it has none) and of its policy.
+        split: Name of the stored split whose validation seeds are held out.
         tensorboard: Write the losses for TensorBoard too.
     """
 
@@ -73,6 +77,7 @@ class TrainJob(Spec):
     seed: int
     name: str
     override_health: str | None
+    split: str = DEFAULT_NAME
     tensorboard: bool
     folder: str
     run: str
@@ -98,6 +103,7 @@ def make_job(
     backend: Backend = "esper",
     recipe: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    split: str = DEFAULT_NAME,
     tensorboard: bool = False,
 ) -> TrainJob:
     """Return the training run of a learner within a context's run.
@@ -112,6 +118,7 @@ def make_job(
         backend: Whose implementation of the learner.
         recipe: Name or TOML file of its recipe; the one of its name unless given.
         changes: Values of the recipe's fields that take the place of its own.
+        split: Name of the stored split whose validation seeds are held out.
         tensorboard: Write the losses for TensorBoard too.
 
     Raises:
@@ -121,7 +128,7 @@ def make_job(
 
     chosen = load_recipe(algorithm, backend, recipe, changes)
     return TrainJob(
-        store=str(context.store.root),
+        store=context.store.url,
         dataset=version.ref,
         algorithm=algorithm,
         backend=backend,
@@ -130,6 +137,7 @@ def make_job(
         seed=seed,
         name=name or default_name(algorithm, backend),
         override_health=override_health,
+        split=split,
         tensorboard=tensorboard,
         folder=str(context.folder),
         run=context.run,
@@ -207,6 +215,7 @@ def train_job(job_json: str) -> str:
             override_health=job.override_health,
             backend=job.backend,
             recipe=recipe_class(job.algorithm, job.backend).parse(job.recipe, f"recipe of {job.name}"),
+            split=job.split,
             resume=folder / "progress" / job.name,
             on_log=on_log,
         )

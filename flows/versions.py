@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from esper.karn.kinds import refuse_skeleton
 from esper.karn.versions import Version
 from esper.leyline.errors import SpecError
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.spec_base import Spec
 from esper.leyline.specs import EnvironmentSpec
+
+__all__ = ["environments_of", "refuse_skeleton", "rewards_of"]
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
@@ -30,4 +33,4 @@ def _specs(version: Version, key: str, spec: type[AnySpec]) -> dict[str, AnySpec
             f"{version.ref} does not say which {key} it was made with\n"
             "  expected: a version that `esper datagen` sealed; run it again for this dataset"
         )
-    return {name: spec.parse(data, f"{version.path}: {key}.{name}") for name, data in found.items()}
+    return {name: spec.parse(data, f"{version.location}: {key}.{name}") for name, data in found.items()}

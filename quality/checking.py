@@ -124,12 +124,12 @@ def stored_schema_problems(version: Version) -> list[str]:
 
 def connect_previous(version: Version) -> duckdb.DuckDBPyConnection | None:
     """Return a connection to the sealed version before, None where there is none or its files are gone."""
-    dataset = Dataset(version.root, version.name)
+    dataset = Dataset(version.place, version.name)
     older = [number for number in dataset.version_numbers() if number < version.number]
     if not older:
         return None
     try:
-        return connect(Version.open(version.root, older[-1]))
+        return connect(Version.open(version.place, older[-1]))
     except IntegrityError:  # its own check says so; this version is none the worse
         return None
 

@@ -74,8 +74,15 @@ def synthetic_tables(
     parts = []
     for replicate in range(start, start + num_env_seeds):
         plan = CohortPlan(environment=spec, reward=reward, replicate=replicate, episodes=episodes)
-        parts.append(_cohort(plan, seed, refusal_rate))
+        key = (plan.model_dump_json(), seed, refusal_rate)
+        if key not in _MADE:
+            _MADE[key] = _cohort(plan, seed, refusal_rate)
+        parts.append(_MADE[key])
     return concat_tables(*parts)
+
+
+_MADE: dict[tuple[str, int, float], Tables] = {}
+"""Cohorts that this process has made: many tests ask for the same few."""
 
 
 def concat_tables(*parts: Mapping[str, pa.Table]) -> Tables:

@@ -1,20 +1,35 @@
-"""`esper dataset`: list, show and verify sealed versions."""
+"""`esper dataset`: what a store holds, what is in a version, and the care of both."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclopts import App
 
-from esper.cli.output import note, rich_table
-from esper.leyline.errors import IntegrityError
+from esper.cli import dataset_care, dataset_exchange, dataset_splits
+from esper.cli.output import Format, choose_format, note, rich_table, write_table, write_text
+from esper.cli.stores import known_dataset, open_folder
+from esper.leyline.errors import SpecError, StoreError
 
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
+    from esper.karn.diffing import Difference
+    from esper.karn.store import Dataset
     from esper.karn.versions import Version
 
-dataset = App(name="dataset", help="List, show and verify datasets.", result_action="return_value")
+dataset = App(
+    name="dataset",
+    help="Datasets and their sealed versions: list, show, compare, verify, split, compact, describe.",
+    result_action="return_value",
+)
+dataset_care.register(dataset)
+dataset_splits.register(dataset)
+dataset_exchange.register(dataset)
+
+MIB = 2**20
+MAX_VALUE_CHARACTERS = 60
 
 _CELLS = """
 SELECT environment, role, controller, epsilon, episodes, env_seeds, distinct_histories, rolled_back, diverged, failed,
@@ -28,19 +43,17 @@ def ls(*, store: str | None = None) -> None:
     """List the datasets of a store and their sealed versions.
 
     Args:
-        store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
+        store: Folder of the datasets, or s3://bucket/prefix (default: $ESPER_STORE, else datasets/local).
     """
-    from esper.karn.store import open_store
-
-    opened = open_store(store)
+    opened = open_folder(store)
     rows: list[list[object]] = []
     for name in opened.names():
         versions = opened.dataset(name).versions()
-        rows += [_line(version) for version in versions] or [[name, *[None] * 6, "not sealed"]]
+        rows += [_line(version) for version in versions] or [[name, *[None] * 7, "not sealed"]]
     if not rows:
-        note(f"the store at {opened.root} holds no dataset; `esper datagen` makes one")
+        note(f"the store at {opened.place.show()} holds no dataset; `esper datagen` makes one")
         return
-    names = ["version", "episodes", "env_seeds", "failed", "matrix", "digest", "sealed", "offline-rl"]
+    names = ["version", "episodes", "env_seeds", "failed", "matrix", "digest", "MiB", "sealed", "offline-rl"]
     print(rich_table(names, rows), end="")
 
 
@@ -48,7 +61,16 @@ def _line(version: Version) -> list[object]:
     manifest = version.manifest
     counts = manifest.counts
     sizes = [counts["episodes"], counts["env_seeds"], counts["failed"]]
-    return [version.ref, *sizes, manifest.matrix_id, manifest.digest[:16], manifest.created_at, _levels(version)[1][1]]
+    told = [manifest.matrix_id, manifest.digest[:16], round(_size(version) / MIB, 1), manifest.created_at]
+    return [version.ref, *sizes, *told, f"{_levels(version)[1][1]}{_made_up(version)}"]
+
+
+def _size(version: Version) -> int:
+    return sum(entry.size for entry in version.manifest.files)
+
+
+def _made_up(version: Version) -> str:
+    return " (SKELETON)" if version.manifest.provenance.get("skeleton") else ""
 
 
 def _levels(version: Version) -> list[tuple[str, str]]:
@@ -59,43 +81,100 @@ def _levels(version: Version) -> list[tuple[str, str]]:
 
 
 @dataset.command
+def versions(name: str, /, *, store: str | None = None) -> None:
+    """List the sealed versions of a dataset, and what each has more or less than the one before.
+
+    Args:
+        name: The dataset's name.
+        store: Folder of the datasets.
+    """
+    found = known_dataset(open_folder(store), name).versions()
+    if not found:
+        note(f"dataset {name!r} has no sealed version; `esper datagen` seals one when it is complete")
+        return
+    rows = [_history(version, before) for version, before in zip(found, [None, *found])]
+    uses = [use for use, _ in _levels(found[0])]
+    columns = ["version", "episodes", "since the one before", "digest", "sealed", "matrix", "files", "MiB", *uses]
+    print(rich_table(columns, rows), end="")
+
+
+def _history(version: Version, before: Version | None) -> list[object]:
+    manifest = version.manifest
+    changes = [
+        f"{count - before.manifest.counts.get(what, 0):+,} {what.replace('_', ' ')}"
+        for what, count in manifest.counts.items()
+        if before is not None and count != before.manifest.counts.get(what, 0)
+    ]
+    told = ", ".join(changes) or ("first" if before is None else "the same counts")
+    sizes = [len(manifest.files), round(_size(version) / MIB, 1)]
+    start = [f"{version.ref}{_made_up(version)}", manifest.counts["episodes"], told]
+    levels = [level for _, level in _levels(version)]
+    return [*start, manifest.digest[:16], manifest.created_at, manifest.matrix_id, *sizes, *levels]
+
+
+@dataset.command
 def show(ref: str, /, *, store: str | None = None) -> None:
-    """Show what a version holds: its manifest, its cells and its verdict.
+    """Show what a version holds: its manifest, its cells, its verdict, and how far its dataset is.
 
     Args:
         ref: NAME or NAME@n (the latest version of NAME).
         store: Folder of the datasets.
     """
     from esper.karn.catalogue import query
-    from esper.karn.store import open_store
 
-    version = open_store(store).resolve(ref)
-    manifest = version.manifest
-    size = sum(entry.size for entry in manifest.files)
-    facts = [
-        ("version", version.ref),
-        ("digest", manifest.digest),
-        ("sealed", manifest.created_at),
-        ("matrix", manifest.matrix_id),
-        ("schema version", manifest.schema_version),
-        ("code commits", ", ".join(manifest.code_commits)),
-        ("files", f"{len(manifest.files)}, {size / 2**20:.1f} MiB"),
-        *((name.replace("_", " "), f"{count:,}") for name, count in manifest.counts.items()),
-        *((f"verdict for {use}", level) for use, level in _levels(version)),
-        *(
-            (name.replace("_", " "), _brief(value))
-            for name, value in manifest.provenance.items()
-            if name != "code_commit"
-        ),
-        ("manifest", version.path),
-    ]
-    print(rich_table(["", "value"], facts), end="")
+    opened = open_folder(store)
+    if "@" not in ref and not (found := known_dataset(opened, ref)).version_numbers():
+        note(f"dataset {ref!r} is not sealed yet; `esper datagen` seals it when it is complete")
+        _progress(found, whole=True)
+        return
+    version = opened.resolve(ref)
+    print(rich_table(["", "value"], _facts(version)), end="")
     cells = query(version, _CELLS)
     print(rich_table(cells.column_names, [list(row.values()) for row in cells.to_pylist()]), end="")
+    _progress(opened.dataset(version.name), whole=False)
     verdict = version.verdict()
     poor = [check for check in verdict.checks if check.level.value in ("warn", "block")] if verdict else []
     for check in poor:
         note(f"{check.level.value}: {check.environment}: {check.name}: {check.message}")
+    if _made_up(version):
+        note(f"{version.ref} is SKELETON data: every number in it is made up")
+
+
+def _facts(version: Version) -> list[tuple[str, str]]:
+    from esper.karn.splits_stored import split_names
+
+    manifest = version.manifest
+    return [
+        ("version", f"{version.ref}{_made_up(version)}"),
+        ("digest", manifest.digest),
+        ("sealed", manifest.created_at),
+        ("matrix", manifest.matrix_id),
+        ("schema version", str(manifest.schema_version)),
+        ("code commits", ", ".join(manifest.code_commits)),
+        ("files", f"{len(manifest.files)}, {_size(version) / MIB:.1f} MiB"),
+        *((name.replace("_", " "), f"{count:,}") for name, count in manifest.counts.items()),
+        *((f"verdict for {use}", level) for use, level in _levels(version)),
+        ("stored splits", ", ".join(split_names(version)) or "none yet"),
+        *(
+            (name.replace("_", " "), _brief(value))
+            for name, value in manifest.provenance.items()
+            if name not in ("code_commit", "planned")
+        ),
+        ("manifest", version.location),
+    ]
+
+
+def _progress(of: Dataset, *, whole: bool) -> None:
+    """What is done of the newest plan on record: every cell, or those where something is missing or failed."""
+    from esper.karn.progress_table import progress, progress_line
+
+    table = progress(of)
+    if not table.num_rows:
+        return
+    rows = [list(row.values()) for row in table.to_pylist() if whole or row["failed"] or row["remaining"]]
+    if rows:
+        print(rich_table(table.column_names, rows, title="plan on record"), end="")
+    note(f"plan on record: {progress_line(table)}")
 
 
 def _brief(value: JsonValue) -> str:
@@ -110,21 +189,69 @@ def _brief(value: JsonValue) -> str:
 
 
 @dataset.command
-def verify(ref: str, /, *, store: str | None = None) -> None:
-    """Recompute sizes, hashes and the digest of a version; exit code 4 where anything differs.
+def diff(
+    old: str, new: str, /, *, output: Path | None = None, format: Format | None = None, store: str | None = None
+) -> None:
+    """Say what differs between two versions, of one dataset or of two: episodes, cells, provenance.
+
+    Rows are compared by the columns that the digest covers.
+
+    Args:
+        old: NAME or NAME@n.
+        new: NAME or NAME@n.
+        output: File for the list of episodes that were added, removed or changed (.csv, .json or .parquet).
+        format: Of the file: table, csv, json or parquet (default: what its suffix says).
+        store: Folder of the datasets.
+    """
+    from esper.karn.diffing import diff as compare
+
+    if format is not None and output is None:
+        raise SpecError("--format is of the list of episodes\n  expected: with --output FILE")
+    opened = open_folder(store)
+    before, after = opened.resolve(old), opened.resolve(new)
+    found = compare(before, after)
+    changes = {change: found.num_episodes(change) for change in ("added", "removed", "changed")}
+    if not found.episodes.num_rows:
+        print(f"no episode differs between {before.ref} and {after.ref}")
+    else:
+        told = ", ".join(f"{count:,} {change}" for change, count in changes.items())
+        print(f"episodes from {before.ref} to {after.ref}: {told}")
+        print(rich_table(found.cells.column_names, [list(row.values()) for row in found.cells.to_pylist()]), end="")
+    _print_facts(found, before.ref, after.ref)
+    if output is not None:
+        write_table(found.episodes, choose_format(format, output), output)
+
+
+def _print_facts(found: Difference, old: str, new: str) -> None:
+    rows: list[list[str | None]] = [list(fact) for fact in found.facts]
+    rows += [[key, *(_short(value) for value in pair)] for key, *pair in found.provenance]
+    if rows:
+        print(rich_table(["", old, new], rows), end="")
+
+
+def _short(value: str | None) -> str | None:
+    """A value as far as a table has room for it."""
+    if value is None or len(value) <= MAX_VALUE_CHARACTERS:
+        return value
+    return value[: MAX_VALUE_CHARACTERS - 1] + "…"
+
+
+@dataset.command
+def card(ref: str, /, *, output: Path | None = None, store: str | None = None) -> None:
+    """Write the card of a version: provenance, coverage, verdict, splits, schema, how to load it, known limits.
 
     Args:
         ref: NAME or NAME@n (the latest version of NAME).
+        output: A file that ends in .md or .html (default: Markdown on stdout).
         store: Folder of the datasets.
     """
-    from esper.karn.store import open_store
+    from esper.karn.card import card_html, card_markdown
 
-    opened = open_store(store)
-    version = opened.resolve(ref)
-    problems = version.verify()
-    for path in opened.dataset(version.name).orphan_files():
-        note(f"note: {path} belongs to no commit (an interrupted writer left it); it is never read")
-    if problems:
-        listing = "\n  ".join(problems)
-        raise IntegrityError(f"{version.ref} has {len(problems)} problems\n  {listing}")
-    print(f"{version.ref} is sound: {len(version.manifest.files)} files, digest {version.manifest.digest}")
+    if output is not None and output.suffix not in (".md", ".html"):
+        raise SpecError(f"a card in {output.name!r}\n  expected: a file that ends in .md or .html")
+    version = open_folder(store).resolve(ref)
+    if output is not None and output.is_dir():
+        raise StoreError(f"cannot write {output}: it is a folder")
+    write_text(
+        card_html(version) if output is not None and output.suffix == ".html" else card_markdown(version), output
+    )

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, TypeVar
 
+from esper.leyline.secrets import mask
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -31,22 +33,25 @@ def workers_for(workers: int | None, devices: list[str] | None) -> int | None:
 def launch(command: str, request: Request, core: Callable[[Request, Orchestrator], T], *, prefect: bool) -> T:
     """Run a flow function and return its result.
 
-    On Ctrl-C prints what is stored and exits with 130; workers and server are gone by then.
+    On Ctrl-C or SIGTERM prints what is stored and exits with 130; workers and server are gone by then.
     """
+    from flows.ending import ending_when_told
+
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded here: learners and digests want one thread
     request.check_devices()
     request.check()  # a mistyped name must not cost the start of a server
     try:
-        if prefect:
-            from flows.server import run_with_prefect
+        with ending_when_told():
+            if prefect:
+                from flows.server import run_with_prefect
 
-            return run_with_prefect(command, request, core)
-        from flows.orchestration import LocalOrchestrator
+                return run_with_prefect(command, request, core)
+            from flows.orchestration import LocalOrchestrator
 
-        return core(request, LocalOrchestrator(request.workers))
+            return core(request, LocalOrchestrator(request.workers))
     except KeyboardInterrupt as interrupt:
         notes = getattr(interrupt, "__notes__", None) or [
             "interrupted; what was stored stays, the same command goes on"
         ]
-        print("\n".join(notes), file=sys.stderr)
+        print(mask("\n".join(notes)), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from types import TracebackType
 
 from cyclopts import App
 from cyclopts.exceptions import CycloptsError
@@ -22,7 +24,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("poc", "The proof of concept: growing against not growing."),
     ("report", "Write the HTML report of a run."),
     ("sql", "Query a sealed version with SQL."),
-    ("dataset", "List, show and verify datasets."),
+    ("serve", "Run schedules, triggers and workers: Prefect as a service."),
+    ("dataset", "Datasets: list, show, compare, verify, repair, compact, split, describe, export, import."),
 )
 """Name and summary; the command is the function or app of that name in `esper.cli.NAME`, imported when it runs."""
 
@@ -32,7 +35,7 @@ def build_app() -> App:
     app = App(
         name="esper",
         help="Grow neural networks while they train: data, offline and online learning, comparison.",
-        version="0.2.0",
+        version=version("esper"),
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
@@ -47,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 1 failed, 2 usage, 3 blocked by health, 4 integrity, 130 interrupted.
     """
     from esper.leyline.errors import EsperError, unknown_name
+    from esper.leyline.secrets import mask
 
+    if arguments is None:
+        sys.excepthook = _masked_trace
     given = list(sys.argv[1:] if arguments is None else arguments)
     known = [name for name, _ in COMMANDS]
     try:
@@ -58,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CycloptsError:
         return USAGE
     except EsperError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {mask(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -67,6 +73,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _masked_trace(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What nobody foresaw is shown whole, but for credentials."""
+    import traceback
+
+    from esper.leyline.secrets import mask
+
+    sys.stderr.write(mask("".join(traceback.format_exception(kind, error, trace))))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,12 +13,16 @@ from esper.cli.output import Format, choose_format, note, note_verdict, write_ta
 from esper.leyline.errors import SpecError
 
 if TYPE_CHECKING:
+    from esper.karn.sql_session import SqlSession
     from esper.karn.store import Store
     from esper.karn.versions import Version
 
+PIPED = "-"
+_OPTION = re.compile(r"--?[a-z][a-z-]*$")
+
 
 def sql(
-    statement: str | None = None,
+    statement: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     /,
     *,
     dataset: str | None = None,
@@ -27,19 +33,20 @@ def sql(
     output: Path | None = None,
     timeout: float = 60.0,
 ) -> None:
-    """Query a sealed version with SQL.
+    """Query a sealed version with SQL; without a statement, at a prompt.
 
-    Views: steps, episodes, costs, decisions, returns, cells, lineages. `DESCRIBE decisions` lists the columns of one.
-    One SELECT, WITH, DESCRIBE or EXPLAIN is run, and nothing but the version's files can be read.
+    Views: steps, episodes, costs, decisions, decision_rewards, returns, returns_by_reward, rewards, cells, progress,
+    episode_costs, cell_costs, lineages. `DESCRIBE decisions` lists the columns of one. One SELECT, WITH, DESCRIBE or
+    EXPLAIN is run, and nothing but the version's files can be read.
 
     Args:
-        statement: The SQL.
+        statement: The SQL; `-`, or none where stdin is no terminal: the statements on stdin, one after the other.
         dataset: NAME or NAME@n (default: the only dataset of the store, its latest version).
         store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
         query: Name of a saved query, or a .sql file, instead of a statement.
         list_queries: List the saved queries and run nothing.
         format: table, csv, json or parquet (default: by the suffix of the output, else table).
-        output: Write to this file instead of stdout.
+        output: Write to this file instead of stdout; never one of the store's.
         timeout: Seconds after which the query is interrupted.
     """
     from esper.karn.saved import read_query, saved_queries
@@ -47,21 +54,69 @@ def sql(
     if list_queries:
         _list(saved_queries(), choose_format(format, output), output)
         return
-    if (statement is None) == (query is None):
-        raise SpecError(
-            'give a statement or --query NAME\n  example: esper sql "SELECT * FROM cells"; --list lists names'
-        )
+    if statement is not None and _OPTION.match(statement):
+        raise SpecError(f"unknown option {statement}\n  `esper sql --help` lists the options")
+    if statement is not None and query is not None:
+        raise SpecError("a statement and --query exclude each other\n  expected: one of them")
     if timeout <= 0:
         raise SpecError(f"--timeout is {timeout:g}\n  expected: a positive number of seconds")
-    from esper.karn.catalogue import query as run_query
+    piped = query is None and (statement == PIPED or (statement is None and not sys.stdin.isatty()))
+    text = read_query(query) if query is not None else _stdin() if piped else statement
+    from esper.karn.sql_session import SqlSession
     from esper.karn.store import open_store
 
-    text = read_query(query) if query is not None else str(statement)
     version = only_version(open_store(store), dataset)
-    result = run_query(version, text, timeout_s=timeout)
-    write_table(result, choose_format(format, output), output)
-    note(f"{result.num_rows:,} rows from {version.ref}")
+    check_output(version, output)
+    with SqlSession(version, timeout_s=timeout) as session:
+        if text is None:
+            from esper.cli.sql_prompt import SqlPrompt
+
+            note_verdict(version, only_bad=True)
+            SqlPrompt(session, form=format, output=output).loop()
+            return
+        statements = session.statements(text) if piped else [text]
+        if len(statements) > 1 and output is not None:
+            raise SpecError(
+                f"{len(statements)} statements on stdin and one --output\n  expected: one statement, or no --output"
+            )
+        for one in statements:
+            run(session, one, format, output)
     note_verdict(version, only_bad=True)
+
+
+def _stdin() -> str:
+    text = sys.stdin.read()
+    if not text.strip():
+        raise SpecError(
+            'no statement was given and stdin is empty\n  example: esper sql "SELECT * FROM cells"; --list names '
+            "the saved queries, and at a terminal there is a prompt"
+        )
+    return text
+
+
+def run(session: SqlSession, statement: str, format: Format | None, output: Path | None) -> None:
+    """Run a statement and write what it returns."""
+    result = session.run(statement)
+    write_table(result, choose_format(format, output), output)
+    note(f"{result.num_rows:,} rows from {session.version.ref}")
+
+
+def check_output(version: Version, output: Path | None) -> None:
+    """Refuse to write a file of the store, whatever name it goes by.
+
+    Raises:
+        SpecError: It lies in the store, or is a link to a file of the version.
+    """
+    if output is None:
+        return
+    where = output.resolve()
+    inside = version.root.resolve().parent in where.parents
+    linked = where.is_file() and any(where.samefile(version.root / entry.path) for entry in version.manifest.files)
+    if inside or linked:
+        raise SpecError(
+            f"--output {output} {'is a file of' if linked else 'lies in'} the store at {version.root.parent}\n"
+            "  expected: a file elsewhere; what is sealed is never written over"
+        )
 
 
 def _list(queries: dict[str, str], form: Format, output: Path | None) -> None:
@@ -78,5 +133,5 @@ def only_version(store: Store, ref: str | None) -> Version:
     names = store.names()
     if len(names) != 1:
         found = f"holds {', '.join(names)}" if names else "holds no dataset; `esper datagen` makes one"
-        raise SpecError(f"which dataset? the store at {store.root} {found}\n  name one with --dataset NAME[@n]")
+        raise SpecError(f"which dataset? the store at {store.place.show()} {found}\n  name one with --dataset NAME[@n]")
     return store.resolve(names[0])

@@ -40,6 +40,7 @@ class Options:
         seeds: Training seeds; every recipe is trained with each (default: 0).
         patience: Stop a learner after so many measurements without a lower loss on held-out environment seeds
             (default: the recipe's).
+        split: Name of the stored split of the version whose validation seeds are held out (`esper dataset splits`).
         tensorboard: Write the losses under the run's folder for `tensorboard --logdir`.
         select: Rank the policies by off-policy evaluation, try the first three on live selection episodes, and report
             the winner beside every control on held-out environment seeds.
@@ -54,6 +55,7 @@ class Options:
     grid: str | None = None
     seeds: Seeds = None
     patience: int | None = None
+    split: str = "default"
     tensorboard: Flag = False
     select: Flag = False
     pipeline: str = "demo"

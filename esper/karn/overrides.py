@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-from pathlib import Path
 
 from pydantic import ValidationError
 
-from esper.karn.versions import Version
-from esper.leyline.errors import IntegrityError, SpecError, StoreError
+from esper.karn.places import MissingFileError, Place
+from esper.karn.versions import VERSIONS, Version
+from esper.leyline.errors import IntegrityError, SpecError
 from esper.leyline.verdict import Level, Override, Use
 
 MAX_REASON = 1000
@@ -44,12 +44,7 @@ def record_override(version: Version, use: Use, level: Level | None, reason: str
         by=by,
         at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
     )
-    path = _path(version.root, version.number)
-    try:
-        with path.open("ab") as file:  # one short write at the end: learners on several workers do not mix
-            file.write(override.model_dump_json().encode() + b"\n")
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from None
+    version.place.append(_file_name(version.number), override.model_dump_json())
     return override
 
 
@@ -64,24 +59,24 @@ def overrides_of(version: Version) -> list[Override]:
     """
     found = []
     for number in range(1, version.number + 1):
-        path = _path(version.root, number)
-        if path.is_file():
-            found += _read(path, version.name, number)
+        found += _read(version.place, version.name, number)
     return found
 
 
-def _path(root: Path, number: int) -> Path:
-    return root / "versions" / f"{number}.overrides.jsonl"
+def _file_name(number: int) -> str:
+    return f"{VERSIONS}/{number}.overrides.jsonl"
 
 
-def _read(path: Path, name: str, number: int) -> list[Override]:
+def _read(where: Place, name: str, number: int) -> list[Override]:
+    """The overrides in a version's file, none where there is no file."""
+    shown = where.show(_file_name(number))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = where.read_text(_file_name(number)).splitlines()
         overrides = [Override.model_validate_json(line) for line in lines if line.strip()]
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise IntegrityError(f"{path} is damaged: {error}\n  restore it from a copy") from None
+    except MissingFileError:
+        return []
+    except ValidationError as error:
+        raise IntegrityError(f"{shown} is damaged: {error}\n  restore it from a copy") from None
     if any((item.dataset, item.version) != (name, number) for item in overrides):
-        raise IntegrityError(f"{path} holds overrides of other data\n  expected: of {name}@{number} alone")
+        raise IntegrityError(f"{shown} holds overrides of other data\n  expected: of {name}@{number} alone")
     return overrides

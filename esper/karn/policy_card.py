@@ -92,6 +92,8 @@ def _data(card: Mapping[str, Any]) -> list[str]:
         lines = ["Live episodes alone; no dataset."]
     else:
         lines = [f"`{card['dataset']}`, digest `{card['dataset_digest']}`, verdict: {card['verdict'] or 'none'}."]
+    if card.get("split"):
+        lines += ["", f"Held-out environment seeds: those of its stored split `{card['split']}`."]
     if card.get("unchecked"):
         lines += ["", f"**Trained against the verdict of the data or without one.** Reason: {card['override_reason']}"]
     names = sorted(card["rewards"])

@@ -1,4 +1,4 @@
-"""The store: datasets under one folder, committed cohort by cohort, sealed as versions.
+"""The store: datasets in one folder or one prefix of an object store, committed by cohort, sealed as versions.
 
 STORE/NAME/{steps,costs,episodes} are Delta Lake tables partitioned by environment, STORE/NAME/versions the sealed
 versions, STORE/NAME/runs what runs left behind.
@@ -20,9 +20,10 @@ from deltalake import DeltaTable
 from pydantic import JsonValue
 
 from esper.karn import delta
-from esper.karn.manifest import FileEntry, VersionManifest, check_dataset_name, write_new
+from esper.karn.manifest import NAME_PATTERN, FileEntry, VersionManifest, check_dataset_name
+from esper.karn.places import Place, as_place, file_sha256, place
 from esper.karn.tables import check_tables, commit_identity, last_attempts, to_storage
-from esper.karn.versions import Version, file_sha256, manifest_path
+from esper.karn.versions import VERSIONS, Version, manifest_name
 from esper.leyline.errors import SpecError, StoreError, unknown_name
 from esper.leyline.schema import SCHEMA_VERSION, SCHEMAS
 
@@ -35,28 +36,45 @@ _IDENTITY = ["episode_id", "attempt", "commit_id", "outcome"]
 
 
 def open_store(explicit: str | Path | None = None) -> Store:
-    """Return the store at `explicit`, else $ESPER_STORE, else datasets/local; nothing is created yet."""
-    return Store(Path(explicit or os.environ.get("ESPER_STORE") or DEFAULT_ROOT))
+    """Return the store at `explicit`, else $ESPER_STORE, else datasets/local; nothing is created yet.
+
+    Args:
+        explicit: A folder, or s3://bucket/prefix with the credentials in the environment.
+
+    Raises:
+        SpecError: A malformed address, or one that carries credentials.
+        StoreError: An object store, and the environment has no credentials for it.
+    """
+    return Store(place(explicit or os.environ.get("ESPER_STORE") or DEFAULT_ROOT))
 
 
 class Store:
-    """A folder of datasets."""
+    """A folder of datasets, on this machine or on an object store."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, where: Place | Path) -> None:
+        self.place = as_place(where)
+
+    @property
+    def root(self) -> Path:
+        """The local folder of the store: itself, or the mirror of a remote one, where runs leave their files."""
+        return self.place.mirror
+
+    @property
+    def url(self) -> str:
+        """What another process, on any machine, opens this store by: an absolute path, or s3://bucket/prefix."""
+        return self.place.url
 
     def names(self) -> list[str]:
         """Return the names of the datasets that hold at least their tables."""
-        if not self.root.is_dir():
-            return []
-        try:
-            return sorted(path.name for path in self.root.iterdir() if (path / "episodes" / "_delta_log").is_dir())
-        except OSError as error:
-            raise StoreError(f"cannot read the store at {self.root}: {error.strerror}") from None
+        return [
+            name
+            for name in self.place.folders()
+            if NAME_PATTERN.match(name) and delta.exists(self.place.child(name).child("episodes"))
+        ]
 
     def dataset(self, name: str) -> Dataset:
         """Return a dataset, which need not exist yet (SpecError where the name is not allowed)."""
-        return Dataset(self.root / check_dataset_name(name), name)
+        return Dataset(self.place.child(check_dataset_name(name)), name)
 
     def resolve(self, ref: str) -> Version:
         """Return the version that `NAME@n`, or the latest that `NAME`, stands for.
@@ -73,28 +91,33 @@ class Store:
         known = self.names()
         if name not in known:
             error = unknown_name("dataset", name, known)
-            raise type(error)(f"{error}\n  store: {self.root}; `esper datagen` makes one")
+            raise type(error)(f"{error}\n  store: {self.place.show()}; `esper datagen` makes one")
         dataset = self.dataset(name)
         numbers = dataset.version_numbers()
         if not numbers:
             raise StoreError(f"dataset {name!r} has no sealed version\n  `esper datagen` seals one when it is complete")
         if not at:
-            return Version.open(dataset.path, numbers[-1])
+            return Version.open(dataset.place, numbers[-1])
         if int(number) not in numbers:
             raise unknown_name("version", ref, [f"{name}@{n}" for n in numbers])
-        return Version.open(dataset.path, int(number))
+        return Version.open(dataset.place, int(number))
 
 
 class Dataset:
     """One dataset of a store."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self.path = path
+    def __init__(self, where: Place | Path, name: str) -> None:
+        self.place = as_place(where)
         self.name = name
+
+    @property
+    def path(self) -> Path:
+        """The local folder of the dataset: itself, or the mirror of a remote one."""
+        return self.place.mirror
 
     def episode_ids(self, *, failed: bool = True) -> set[str]:
         """Return the ids of the episodes that exist; `failed=False` leaves out those whose outcome is `failed`."""
-        rows = last_attempts(delta.read_current(self.path / "episodes", "episodes", _IDENTITY))
+        rows = last_attempts(delta.read_current(self.place.child("episodes"), "episodes", _IDENTITY))
         if not failed:
             rows = rows.filter(pc.not_equal(rows["outcome"], "failed"))
         return set(rows["episode_id"].to_pylist())
@@ -123,11 +146,11 @@ class Dataset:
             if self._write(fresh, commit_id, existing):
                 return commit_id
             self._await_other(set(ids))
-        raise StoreError(f"cannot commit to {self.path}: another process begins this commit but never ends it")
+        raise StoreError(f"cannot commit to {self.place.show()}: another process begins this commit but never ends it")
 
     def _write(self, tables: Mapping[str, pa.Table], commit_id: str, existing: pa.Table) -> bool:
         """Append the three tables as the next attempt; False where another process is making the same one."""
-        opened = {table: delta.create(self.path / table, table) for table in SCHEMAS}
+        opened = {table: delta.create(self.place.child(table), table) for table in SCHEMAS}
         attempt = 1 + self._highest_attempt(opened, commit_id, existing)
         return all(
             delta.append(opened[table], table, to_storage(table, tables[table], commit_id, attempt), commit_id, attempt)
@@ -149,19 +172,18 @@ class Dataset:
     def _existing(self, episodes: pa.Table) -> pa.Table:
         """The last attempts of what exists among the given episodes."""
         seeds = pc.unique(episodes["env_seed"]).to_pylist()
-        rows = delta.read_current(self.path / "episodes", "episodes", _IDENTITY, seeds)
+        rows = delta.read_current(self.place.child("episodes"), "episodes", _IDENTITY, seeds)
         return last_attempts(rows.filter(pc.is_in(rows["episode_id"], episodes["episode_id"].combine_chunks())))
 
     def version_numbers(self) -> list[int]:
         """Return the numbers of the sealed versions, ascending."""
-        folder = self.path / "versions"
-        if not folder.is_dir():
-            return []
-        return sorted(int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal())
+        names = (name.removeprefix(f"{VERSIONS}/") for name in self.place.names(VERSIONS))
+        stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return sorted(int(stem) for stem in stems if stem.isdecimal())
 
     def versions(self) -> list[Version]:
         """Return the sealed versions, oldest first."""
-        return [Version.open(self.path, number) for number in self.version_numbers()]
+        return [Version.open(self.place, number) for number in self.version_numbers()]
 
     def seal(self, *, matrix_id: str, provenance: dict[str, JsonValue]) -> Version:
         """Freeze what the tables hold now as the next version; sealing equal data again returns the latest one.
@@ -173,7 +195,7 @@ class Dataset:
         Raises:
             StoreError: Nothing was committed, or the manifest cannot be written.
         """
-        files = delta.current_files(self.path)
+        files = delta.current_files(self.place)
         entries = tuple(self._entry(table, name) for table in SCHEMAS for name in files[table][1])
         manifest = self._manifest(entries, {name: files[name][0] for name in SCHEMAS}, matrix_id, provenance)
         while True:
@@ -183,11 +205,11 @@ class Dataset:
             number = latest[0].number + 1 if latest else 1
             manifest = manifest.model_copy(update={"number": number})
             text = json.dumps(manifest.model_dump(mode="json"), indent=1)
-            if write_new(manifest_path(self.path, number), text):
-                return Version(self.path, manifest)
+            if self.place.write_new(manifest_name(number), text):
+                return Version(self.place, manifest)
 
     def _entry(self, table: str, name: str) -> FileEntry:
-        path = self.path / name
+        path = self.place.fetch(name)
         with delta.delta_errors(path):
             seeds = pq.read_table(path, columns=["env_seed"], partitioning=None)["env_seed"]
             size, sha256 = path.stat().st_size, file_sha256(path)
@@ -216,7 +238,7 @@ class Dataset:
             provenance=provenance,
             created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         )
-        version = Version(self.path, draft)
+        version = Version(self.place, draft)
         episodes = version.table("episodes", columns=["env_seed", "environment", "outcome", "num_steps", "code_commit"])
         if not episodes.num_rows:
             raise StoreError(f"dataset {self.name!r} holds no episode, so there is nothing to seal")
@@ -231,17 +253,20 @@ class Dataset:
         update = {"digest": version.compute_digest(), "counts": counts, "code_commits": commits}
         return draft.model_copy(update=update)
 
-    def orphan_files(self) -> list[Path]:
-        """Return Parquet files that no table lists now and no sealed version names: what a killed writer left."""
+    def orphan_names(self) -> list[str]:
+        """Return Parquet files that no table lists now and no sealed version names: what a killed writer left.
+
+        The names are relative to the dataset's place, sorted.
+        """
         known = {entry.path for version in self.versions() for entry in version.manifest.files}
-        for _, names in delta.current_files(self.path).values():
+        for _, names in delta.current_files(self.place).values():
             known.update(names)
-        found = (path for table in SCHEMAS for path in (self.path / table).glob("**/*.parquet"))
-        return sorted(
-            path
-            for path in found
-            if "_delta_log" not in path.parts and path.relative_to(self.path).as_posix() not in known
-        )
+        found = (name for table in SCHEMAS for name in self.place.names(table) if name.endswith(".parquet"))
+        return sorted(name for name in found if f"/{delta.LOG}/" not in name and name not in known)
+
+    def orphan_files(self) -> list[Path]:
+        """Return `orphan_names` as paths in the dataset's local folder."""
+        return [self.path / name for name in self.orphan_names()]
 
 
 def _only_new(tables: Mapping[str, pa.Table], existing: pa.Table) -> dict[str, pa.Table]:

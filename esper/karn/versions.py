@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import pyarrow.dataset as ds
 from pydantic import ValidationError
 
 from esper.karn.digest import dataset_digest
-from esper.karn.manifest import FileEntry, VersionManifest, read_manifest, write_over
+from esper.karn.manifest import FileEntry, VersionManifest, read_manifest
+from esper.karn.places import MissingFileError, Place, as_place, fetch_all
 from esper.karn.tables import (
     COMMIT_COLUMNS,
     PARTITION_COLUMN,
@@ -30,29 +31,42 @@ from esper.leyline.errors import IntegrityError, StoreError
 from esper.leyline.schema import SCHEMAS, deterministic_columns
 from esper.leyline.verdict import Verdict
 
-HASH_CHUNK = 1 << 20
+VERSIONS = "versions"
 
 
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One difference between a sealed version and its manifest.
+
+    `kind` is missing, size, hash, unreadable (these four are of one file, `path` relative to the dataset), damaged,
+    digest or counts (of the rows; no path).
+    """
+
+    kind: str
+    path: str | None
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Version:
     """One sealed version of a dataset; reading never touches a file that the manifest does not list."""
 
-    def __init__(self, root: Path, manifest: VersionManifest) -> None:
-        self.root = root
+    def __init__(self, where: Place | Path, manifest: VersionManifest) -> None:
+        self.place = as_place(where)
         self.manifest = manifest
 
     @classmethod
-    def open(cls, root: Path, number: int) -> Version:
-        """Return a version of the dataset at `root` (SchemaError, IntegrityError where it cannot be)."""
-        return cls(root, read_manifest(manifest_path(root, number)))
+    def open(cls, where: Place | Path, number: int) -> Version:
+        """Return a version of the dataset at `where` (SchemaError, IntegrityError where it cannot be)."""
+        where = as_place(where)
+        return cls(where, read_manifest(where, manifest_name(number)))
+
+    @property
+    def root(self) -> Path:
+        """The local folder of the dataset: itself, or the mirror of a remote one."""
+        return self.place.mirror
 
     @property
     def name(self) -> str:
@@ -71,40 +85,40 @@ class Version:
 
     @property
     def path(self) -> Path:
-        """The manifest's file."""
-        return manifest_path(self.root, self.number)
+        """The manifest's file where the dataset is on this machine; see `location` for what to show."""
+        return self.root / manifest_name(self.number)
+
+    @property
+    def location(self) -> str:
+        """The address of the manifest, for people."""
+        return self.place.show(manifest_name(self.number))
 
     def __repr__(self) -> str:
         return f"Version({self.ref!r})"
 
     def files(self, table: str) -> list[Path]:
-        """Return the absolute paths of a table's files (UnknownNameError for an unknown table).
+        """Return the absolute paths of a table's files on this machine (UnknownNameError for an unknown table).
+
+        Those of a remote dataset are downloaded first, unless they are here, and their hashes checked.
 
         Raises:
-            IntegrityError: One is missing or has another size than the manifest says.
+            IntegrityError: One is missing, or has another size or hash than the manifest says.
+            StoreError: One cannot be read.
         """
         check_columns_or_all(table, ())
-        return [self._check_size(entry) for entry in self.manifest.files if entry.table == table]
-
-    def _check_size(self, entry: FileEntry) -> Path:
-        path = (self.root / entry.path).resolve()
+        wanted = [(entry.path, entry.size, entry.sha256) for entry in self.manifest.files if entry.table == table]
         try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise IntegrityError(
-                f"{self.ref}: {path} cannot be read: {error.strerror}\n  restore it, or generate the dataset again"
-            ) from None
-        if size != entry.size:
-            raise IntegrityError(
-                f"{self.ref}: {path} has {size} bytes\n"
-                f"  expected: {entry.size} (sealed); restore it, or generate the dataset again"
-            )
-        return path
+            return [path.resolve() for path in fetch_all(self.place, wanted)]
+        except MissingFileError as error:
+            raise IntegrityError(f"{self.ref}: {error}\n  restore it, or generate the dataset again") from None
+        except IntegrityError as error:
+            raise IntegrityError(f"{self.ref}: {error}") from None
 
     @cached_property
     def _episodes(self) -> pa.Table:
-        """The row of each episode's last attempt, unsorted, all columns."""
-        return last_attempts(self._scan("episodes", list(SCHEMAS["episodes"].names), None, self.files("episodes")))
+        """What tells the rows of each episode's last attempt, unsorted."""
+        names = ["episode_id", "env_seed", "num_steps", *COMMIT_COLUMNS]
+        return last_attempts(self._scan("episodes", names, None, self.files("episodes")))
 
     @cached_property
     def _winners(self) -> pa.Array:
@@ -193,7 +207,7 @@ class Version:
                 partitioning=partitioning,
                 partition_base_dir=str((self.root / table).resolve()),
             )
-            return from_storage(table, dataset.to_table(columns=columns, filter=filter))
+            return from_storage(table, dataset.to_table(columns=columns, filter=filter, fragment_readahead=2))
         except pa.ArrowNotImplementedError:
             raise
         except (pa.ArrowInvalid, OSError) as error:
@@ -211,36 +225,40 @@ class Version:
         episodes = self._read("episodes", None, None, self.files("episodes"))
         return dataset_digest(episodes, blocks, schema_version)
 
-    def verify(self) -> list[str]:
+    def verify(self) -> list[Problem]:
         """Return every difference between the files and the manifest; empty where the version is sound."""
         problems = [problem for entry in self.manifest.files if (problem := self._problem(entry))]
         if problems:
             return problems
-        fresh = Version(self.root, self.manifest)
+        fresh = Version(self.place, self.manifest)
         try:
             digest = fresh.compute_digest()
         except IntegrityError as error:
-            return [str(error)]
+            return [Problem("damaged", None, str(error))]
         if digest != self.manifest.digest:
-            problems.append(f"digest: the rows have {digest}, sealed was {self.manifest.digest}")
+            message = f"digest: the rows have {digest}, sealed was {self.manifest.digest}"
+            problems.append(Problem("digest", None, message))
         counted = fresh._episodes.num_rows
         if counted != self.manifest.counts.get("episodes"):
-            problems.append(f"counts: {counted} episodes, sealed were {self.manifest.counts.get('episodes')}")
+            message = f"counts: {counted} episodes, sealed were {self.manifest.counts.get('episodes')}"
+            problems.append(Problem("counts", None, message))
         return problems
 
-    def _problem(self, entry: FileEntry) -> str | None:
-        path = self.root / entry.path
+    def _problem(self, entry: FileEntry) -> Problem | None:
+        """What is wrong with a file as the place itself holds it; a copy of it in the mirror is not trusted."""
+        name = entry.path
         try:
-            size = path.stat().st_size
-            if size != entry.size:
-                return f"size: {entry.path} has {size} bytes, sealed were {entry.size}"
-            found = file_sha256(path)
-        except FileNotFoundError:
-            return f"missing: {entry.path}"
-        except OSError as error:
-            return f"unreadable: {entry.path}: {error.strerror}"
+            size, found = self.place.fingerprint(name)
+        except MissingFileError:
+            return Problem("missing", name, f"missing: {name}")
+        except StoreError as error:
+            return Problem("unreadable", name, f"unreadable: {error}")
+        if size != entry.size:
+            return Problem("size", name, f"size: {name} has {size} bytes, sealed were {entry.size}")
         if found != entry.sha256:
-            return f"hash: {entry.path} has SHA-256 {found[:16]}…, sealed was {entry.sha256[:16]}…"
+            message = f"hash: {name} has SHA-256 {found[:16]}…, sealed was {entry.sha256[:16]}…"
+            return Problem("hash", name, message)
+        self.place.refresh(name, entry.sha256)
         return None
 
     def verdict(self) -> Verdict | None:
@@ -249,23 +267,21 @@ class Version:
         Raises:
             IntegrityError: It is damaged, or was made for other data.
         """
-        path = self._verdict_path
-        if not path.is_file():
-            return None
+        name = verdict_name(self.number)
         try:
-            verdict = Verdict.model_validate_json(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise StoreError(f"cannot read {path}: {error.strerror}") from None
+            verdict = Verdict.model_validate_json(self.place.read_text(name))
+        except MissingFileError:
+            return None
         except ValidationError as error:
-            raise IntegrityError(f"{path} is damaged: {error.errors()[0]['msg']}\n  run `esper health` again") from None
+            reason = f"{self.place.show(name)} is damaged: {error.errors()[0]['msg']}"
+            raise IntegrityError(f"{reason}\n  run `esper health` again") from None
         self._check_verdict(verdict)
         return verdict
 
-    def write_verdict(self, verdict: Verdict) -> Path:
+    def write_verdict(self, verdict: Verdict) -> None:
         """Store a verdict beside the manifest, replacing an older one; IntegrityError unless it is of this version."""
         self._check_verdict(verdict)
-        write_over(self._verdict_path, json.dumps(verdict.model_dump(mode="json"), indent=1))
-        return self._verdict_path
+        self.place.write_over(verdict_name(self.number), json.dumps(verdict.model_dump(mode="json"), indent=1))
 
     def _check_verdict(self, verdict: Verdict) -> None:
         mine = (self.name, self.number, self.manifest.digest)
@@ -276,14 +292,15 @@ class Version:
                 f"  expected: {self.ref} with digest {mine[2][:16]}…; run `esper health {self.ref}` again"
             )
 
-    @property
-    def _verdict_path(self) -> Path:
-        return self.path.with_name(f"{self.number}.verdict.json")
+
+def manifest_name(number: int) -> str:
+    """Return the name of a version's manifest, relative to the dataset."""
+    return f"{VERSIONS}/{number}.json"
 
 
-def manifest_path(root: Path, number: int) -> Path:
-    """Return where a version's manifest lies."""
-    return root / "versions" / f"{number}.json"
+def verdict_name(number: int) -> str:
+    """Return the name of a version's verdict, relative to the dataset."""
+    return f"{VERSIONS}/{number}.verdict.json"
 
 
 def _unreadable(files: list[Path]) -> Path | None:

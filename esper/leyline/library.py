@@ -22,6 +22,7 @@ KINDS = {
     "recipes": "recipe",
     "grids": "grid",
     "pipelines": "pipeline",
+    "schedules": "service",
     "queries": "saved query",
     "views": "view",
 }

@@ -5,16 +5,18 @@ was observed before it, the action, and what came after it as reward components;
 budget (or the host) ended with this transition. Key: (episode_id, step, actor).
 
 Versions that were sealed under an older schema stay readable: `ADDED_IN` names the columns that came later, all of them
-nullable, and they are null there. Nothing else ever changes under a column's name.
+nullable, and they are null there; `UPCASTERS` makes rows of one version rows of the next. Nothing else ever changes
+under a column's name, so readers of whole files (pyarrow, DuckDB) may fill in the nulls themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pyarrow as pa
 
 from esper.leyline.actions import LEVERS
+from esper.leyline.errors import SchemaError
 from esper.leyline.observations import FEATURES
 
 SCHEMA_VERSION = 2
@@ -167,6 +169,39 @@ def schema_version_of(table: str, columns: Iterable[str]) -> int:
     """Return the schema version under which rows with these columns were written."""
     since = ADDED_IN[table]
     return max((since[name] for name in columns if name in since), default=OLDEST_SCHEMA)
+
+
+def _gains_columns_of(schema_version: int) -> Callable[[str, pa.Table], pa.Table]:
+    def upcaster(table: str, rows: pa.Table) -> pa.Table:
+        for name, since in ADDED_IN[table].items():
+            if since == schema_version and name not in rows.column_names:
+                field = SCHEMAS[table].field(name)
+                rows = rows.append_column(field, pa.nulls(len(rows), field.type))
+        return rows
+
+    return upcaster
+
+
+UPCASTERS: dict[int, Callable[[str, pa.Table], pa.Table]] = {1: _gains_columns_of(2)}
+"""By schema version, what makes rows of a table written under it rows of the next version."""
+
+
+def upcast(table: str, rows: pa.Table, schema_version: int) -> pa.Table:
+    """Return whole rows of a table, written under a schema version, as rows of today's.
+
+    Columns come in today's order; the commit columns are there where the rows have them.
+
+    Raises:
+        SchemaError: A newer Esper wrote them, or they are older than what is read.
+    """
+    if not OLDEST_SCHEMA <= schema_version <= SCHEMA_VERSION:
+        raise SchemaError(
+            f"rows of {table!r} have schema version {schema_version}\n"
+            f"  expected: {OLDEST_SCHEMA} to {SCHEMA_VERSION}, which this installation reads; update esper"
+        )
+    for version in range(schema_version, SCHEMA_VERSION):
+        rows = UPCASTERS[version](table, rows)
+    return rows.select([name for name in SCHEMAS[table].names if name in rows.column_names])
 
 
 def deterministic_columns(table: str, schema_version: int = SCHEMA_VERSION) -> list[str]:

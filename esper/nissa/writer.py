@@ -14,6 +14,7 @@ from pydantic import JsonValue
 
 from esper.leyline.errors import StoreError
 from esper.leyline.events import Event, EventKind
+from esper.leyline.secrets import mask_json
 
 Sink = Callable[[Event], None]
 
@@ -33,7 +34,8 @@ class Emitter:
 
     def emit(self, kind: EventKind, data: dict[str, JsonValue] | None = None) -> Event:
         """Hand on one event and return it."""
-        event = Event(kind=kind, time=now(), run=self.run, data=data or {})
+        masked = {key: mask_json(value) for key, value in (data or {}).items()}
+        event = Event(kind=kind, time=now(), run=self.run, data=masked)
         with self._lock:
             for sink in self._sinks:
                 sink(event)

@@ -1,12 +1,14 @@
 """Transitions from `steps` rows: the one way in which stored and live episodes reach a learner.
 
 States are held once, transitions point at them. Replayed rows (the prefix of a branched episode) count for the returns
-of their episode and are no transitions. Shape suffixes: M states, N transitions, V view columns, A, T as in leyline.
+of their episode and are no transitions. Rows are read a block of whole episodes at a time, so that what is in memory
+beside the result does not grow with the version. Shape suffixes: M states, N transitions, V view columns, A, T as in
+leyline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,9 @@ _OTHER_COLUMNS = (
 STEP_COLUMNS: tuple[str, ...] = (*_OTHER_COLUMNS, *FEATURE_COLUMNS)
 """The columns of `steps` that learning reads."""
 
+BLOCK_ROWS = 8_192
+"""Rows of `steps` that are made into transitions at once, about."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transitions:
@@ -57,8 +62,8 @@ class Transitions:
     Attributes:
         view: Name of the observation view.
         environments: Names to which `environment_N` points.
-        obs_MV: States, float32.
-        mask_MT: Their action masks.
+        obs_MV: States, float32; in memory, or on disk and read by `obs_MV[index]` (see `row_files`).
+        mask_MT: Their action masks; where the states are on disk, packed in memory.
         state_N: Index of the state of each decision.
         next_N: Index of the state from which its value is bootstrapped.
         action_NA: Canonical actions, int8.
@@ -126,6 +131,60 @@ def load_transitions(
         UnknownNameError: An environment without a reward.
         IntegrityError: Rows that contradict each other.
     """
+    return joined(list(transition_blocks(version, view, rewards, roles, keep)))
+
+
+def transition_blocks(
+    version: Version,
+    view: str,
+    rewards: Mapping[str, RewardSpec],
+    roles: Sequence[str] = (Role.DATA.value,),
+    keep: pc.Expression | None = None,
+) -> Iterator[Transitions]:
+    """Yield what `load_transitions` returns in parts that follow each other: `joined`, they are the whole.
+
+    Each part's `environments` begin with those of the part before; what each raises is as for `load_transitions`.
+    """
+    episodes, num_left_out = _usable_episodes(version, roles, keep)
+    environments: tuple[str, ...] = ()
+    num_states = num_episodes = 0
+    for steps in _whole_episodes(version.batches("steps", columns=list(STEP_COLUMNS), batch_rows=BLOCK_ROWS), episodes):
+        part = from_steps(steps, view, rewards)
+        environments = tuple(dict.fromkeys([*environments, *part.environments]))
+        place = np.array([environments.index(name) for name in part.environments])
+        states_of, num = part.episode_M, len(part.obs_MV)
+        if states_of is None:
+            raise IntegrityError("transitions without the episodes of their states\n  expected: those of `from_steps`")
+        yield replace(
+            part,
+            environments=environments,
+            state_N=part.state_N + num_states,
+            next_N=part.next_N + num_states,
+            environment_N=place[part.environment_N],
+            episode_N=part.episode_N + num_episodes,
+            episode_M=states_of + num_episodes,
+            num_left_out=num_left_out,
+        )
+        num_states += num
+        num_episodes += int(states_of[-1]) + 1
+    if not num_states:
+        raise SpecError(
+            f"{version.ref} has no usable episode of role {', '.join(roles)}\n"
+            f"  {num_left_out} failed or have no valid control (their host broke without any seed)"
+        )
+
+
+def joined(parts: Sequence[Transitions]) -> Transitions:
+    """Return parts of `transition_blocks` as one; the environments are those of the last part."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for name in Transitions.__slots__ if name.endswith(("_N", "_NA", "_M", "_MV", "_MT"))]
+    whole: dict[str, Any] = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+    return replace(parts[-1], **whole)
+
+
+def _usable_episodes(version: Version, roles: Sequence[str], keep: pc.Expression | None) -> tuple[pa.Array, int]:
+    """Return the ids of the episodes to learn from, and how many of those asked for are left out."""
     wanted = {Role.DATA.value, Role.ONLINE.value}
     for role in roles:
         if role not in wanted:
@@ -141,14 +200,22 @@ def load_transitions(
     if pc.any(held_out).as_py():
         worst = episodes.filter(held_out)["replicate"][0].as_py()
         raise SpecError(f"replicate {worst} is for selection or evaluation\n  expected: below {SELECTION_START}")
-    steps = version.table("steps", columns=list(STEP_COLUMNS))
-    steps = steps.filter(pc.is_in(steps["episode_id"], episodes["episode_id"].combine_chunks()))
-    if not len(steps):
-        raise SpecError(
-            f"{version.ref} has no usable episode of role {', '.join(roles)}\n"
-            f"  {num_left_out} failed or have no valid control (their host broke without any seed)"
-        )
-    return replace(from_steps(steps, view, rewards), num_left_out=num_left_out)
+    return episodes["episode_id"].combine_chunks(), num_left_out
+
+
+def _whole_episodes(batches: Iterator[pa.RecordBatch], wanted: pa.Array) -> Iterator[pa.Table]:
+    """Yield the rows of some episodes, never a part of one: the rows of an episode follow each other in `batches`."""
+    kept: list[pa.Table] = []
+    for batch in batches:
+        rows = pa.Table.from_batches([batch])
+        rows = pa.concat_tables([*kept, rows.filter(pc.is_in(rows["episode_id"], wanted))])
+        if not len(rows):
+            continue
+        last = pc.index(rows["episode_id"], rows["episode_id"][-1]).as_py()
+        kept = [rows.slice(last)]
+        if last:
+            yield rows.slice(0, last)
+    yield from kept
 
 
 def from_steps(steps: pa.Table, view: str, rewards: Mapping[str, RewardSpec]) -> Transitions:

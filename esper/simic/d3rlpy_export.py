@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from esper.karn.card import is_skeleton
+from esper.karn.exchange import whole_or_nothing
 from esper.leyline.actions import ACTION_COLUMNS
-from esper.leyline.errors import SpecError, StoreError
+from esper.leyline.errors import SpecError
 from esper.leyline.rewards import RewardSpec
 from esper.simic.batches import Transitions
 from esper.simic.flat_actions import FlatActions
@@ -133,17 +135,23 @@ def export_d3rlpy(version: Version, path: Path, *, view: str, rewards: Mapping[s
         The list of actions.
 
     Raises:
-        SpecError: Nothing to learn from.
+        SpecError: Nothing to learn from, or the file is there already.
         StoreError: The files cannot be written.
     """
-    transitions = load_tensors(version, view, rewards)
-    actions = FlatActions.of(transitions)
-    dataset = mdp_dataset(transitions, actions)
-    listing = {"columns": list(ACTION_COLUMNS), "actions": actions.actions_LA.tolist(), "dataset": version.ref}
-    try:
-        with path.open("w+b") as file:
+    listing_path = path.with_name(f"{path.name}.actions.json")
+    with whole_or_nothing(path) as temporary, whole_or_nothing(listing_path) as temporary_listing:
+        transitions = load_tensors(version, view, rewards)
+        actions = FlatActions.of(transitions)
+        dataset = mdp_dataset(transitions, actions)
+        listing = {
+            "columns": list(ACTION_COLUMNS),
+            "actions": actions.actions_LA.tolist(),
+            "dataset": version.ref,
+            "digest": version.manifest.digest,
+            "view": view,
+            "skeleton": is_skeleton(version),
+        }
+        with temporary.open("w+b") as file:
             dataset.dump(file)
-        path.with_name(f"{path.name}.actions.json").write_text(json.dumps(listing) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror}") from None
+        temporary_listing.write_text(json.dumps(listing) + "\n", encoding="utf-8")
     return actions

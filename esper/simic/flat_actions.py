@@ -1,7 +1,6 @@
-"""A finite list of canonical actions, for learners that know nothing of a tree.
+"""A finite list of canonical actions as learners use it: see `esper.leyline.action_list` for what is in it.
 
-The whole tree has tens of thousands of leaves; data hold few of them. The list is WAIT, every (ADVANCE, FOSSILIZE or
-PRUNE, slot), and the GERMINATE leaves that occur in the data. A germination that nobody tried cannot be chosen.
+A germination that nobody tried cannot be chosen.
 Shape suffixes: N rows, L the listed actions, the others as in `esper.leyline.actions`.
 """
 
@@ -10,16 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from esper.leyline.actions import ACTION_WIDTH, LEVER_SIZES, MAX_SLOTS, NUM_OPS, Actions, Bools, Op
+from esper.leyline.action_list import Ints, listed_actions, place_in_list
+from esper.leyline.actions import Actions, Bools
 from esper.leyline.errors import SpecError
 from esper.simic.batches import Transitions
 from esper.tamiyo.flat import valid_actions
-
-Ints = NDArray[np.int64]
-
-_PLACES = (NUM_OPS, MAX_SLOTS, *LEVER_SIZES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +30,14 @@ class FlatActions:
     @classmethod
     def of(cls, transitions: Transitions) -> FlatActions:
         """Return the list for a data set: WAIT, each op on each slot, and the germinations that occur."""
-        fixed = [(int(op), slot) for op in (Op.ADVANCE, Op.FOSSILIZE, Op.PRUNE) for slot in range(MAX_SLOTS)]
-        rows = np.zeros((1 + len(fixed), ACTION_WIDTH), dtype=np.int8)
-        rows[1:, :2] = fixed
-        seen = transitions.action_NA[transitions.action_NA[:, 0] == Op.GERMINATE]
-        return cls(np.unique(np.concatenate([rows, seen]), axis=0))
+        return cls(listed_actions(transitions.action_NA))
 
     def __len__(self) -> int:
         return len(self.actions_LA)
 
     def index(self, actions_NA: Actions) -> Ints:
         """Return the place of each canonical action in the list, [N]; -1 for one that is not in it."""
-        listed, wanted = _codes(self.actions_LA), _codes(actions_NA)
-        place = np.minimum(np.searchsorted(listed, wanted), len(listed) - 1)
-        result: Ints = np.where(listed[place] == wanted, place, -1)
-        return result
+        return place_in_list(self.actions_LA, actions_NA)
 
     def require(self, actions_NA: Actions) -> Ints:
         """Return the place of each canonical action, [N]; SpecError for one that is not in the list."""
@@ -65,9 +53,3 @@ class FlatActions:
     def valid(self, mask_NT: Bools) -> Bools:
         """Return which actions each row's tree mask allows, bool [N, L]."""
         return valid_actions(self.actions_LA, mask_NT)
-
-
-def _codes(actions: Actions) -> Ints:
-    """One number per action, increasing with the action's lexicographic order."""
-    codes: Ints = np.ravel_multi_index(tuple(actions.T.astype(np.int64)), _PLACES).astype(np.int64)
-    return codes

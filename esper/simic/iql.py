@@ -92,9 +92,14 @@ class Values(nn.Module):
     def advantages(self, transitions: Transitions) -> Floats:
         """Return A(s, a) of every transition, [N]."""
         replay = Replay(transitions, key=("iql",), whole_episodes=self.q1.spec.trunk == "gru")
+        found_N, start = np.empty(len(transitions)), 0
         with torch.no_grad():
-            parts = [self.slow_q(part) - cast(Tensor, self.v(part.obs)) for part in replay.chunks()]
-        return torch.cat(parts).double().numpy()
+            for part in replay.chunks():
+                # Into one array made beforehand: small ones kept between the large ones would hold the heap open.
+                stop = start + len(part.action)
+                found_N[start:stop] = (self.slow_q(part) - cast(Tensor, self.v(part.obs))).numpy()
+                start = stop
+        return found_N
 
 
 def fit_values(

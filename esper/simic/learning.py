@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from esper.leyline.errors import EsperError
 from esper.leyline.spec_base import Spec
-from esper.simic.batches import Transitions
+from esper.simic.batches import Ints, Transitions
 from esper.simic.replay import CHUNK_ROWS, Batch, Replay, Weighting
 from esper.simic.resume import Notes, Progress, Stateful, TorchRandom
 from esper.tamiyo.kinds import AnyNetwork
 from esper.tamiyo.leaves import leaves_of
-from esper.tamiyo.networks import NetworkSpec, TreeNet
+from esper.tamiyo.networks import MOMENT_ROWS, NetworkSpec, TreeNet
 
 OnLog = Callable[[dict[str, float]], None]
 """Receives numbers by name while training goes on; `step` (or `update`) is among them."""
@@ -124,13 +126,20 @@ def new_tree_net(spec: NetworkSpec, train: Transitions) -> TreeNet:
     """
     actions_LA = None
     if spec.form == "atomic":
-        actions_LA = leaves_of(train.mask_MT[train.state_N])
+        union = [block.any(axis=0, keepdims=True) for block in _of_rows(train.mask_MT, train.state_N)]
+        actions_LA = leaves_of(np.concatenate(union))
         spec = spec.model_copy(update={"num_leaves": len(actions_LA)})
     network = TreeNet(spec)
     if network.leaves is not None and actions_LA is not None:
         network.leaves.fill(actions_LA)
-    network.encoder.normaliser.fit(torch.from_numpy(train.obs_MV[train.state_N]))
+    network.encoder.normaliser.fit_blocks(torch.from_numpy(block) for block in _of_rows(train.obs_MV, train.state_N))
     return network
+
+
+def _of_rows(states: NDArray[Any], state_N: Ints) -> Iterator[NDArray[Any]]:
+    """Yield the states of rows, some rows at a time: all of them may be more than memory holds."""
+    for start in range(0, len(state_N), MOMENT_ROWS):
+        yield states[state_N[start : start + MOMENT_ROWS]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Tensors of transitions and keyed sampling of minibatches."""
+"""Tensors of transitions and keyed sampling of minibatches; states are read when they are drawn."""
 
 from __future__ import annotations
 
@@ -95,10 +95,6 @@ class Replay:
             if self._episodes is not None:
                 probability = probability[self._episodes.first_row_E]
             self._cumulative = np.cumsum(probability)
-        self._obs = torch.from_numpy(transitions.obs_MV)
-        self._mask = torch.from_numpy(transitions.mask_MT)
-        self._state = torch.from_numpy(transitions.state_N)
-        self._next = torch.from_numpy(transitions.next_N)
         self._action = torch.from_numpy(transitions.action_NA)
         self._reward = torch.from_numpy(transitions.reward_N).float()
         self._discount = torch.from_numpy(transitions.discount_N).float()
@@ -120,21 +116,24 @@ class Replay:
 
     def rows(self, index: NDArray[np.integer] | slice = slice(None)) -> Batch:
         """Return the tensors of some rows, without their episodes."""
-        chosen = torch.from_numpy(index) if isinstance(index, np.ndarray) else index
-        return self._batch(chosen, self._obs[self._state[chosen]], self._obs[self._next[chosen]])
+        data = self._data
+        obs, following = (torch.from_numpy(data.obs_MV[at[index]]) for at in (data.state_N, data.next_N))
+        return self._batch(index, obs, following)
 
-    def _batch(self, index: Tensor | slice, obs: Inputs, next_obs: Inputs) -> Batch:
+    def _batch(self, index: NDArray[np.integer] | slice, obs: Inputs, next_obs: Inputs) -> Batch:
+        data = self._data
+        chosen = torch.from_numpy(index) if isinstance(index, np.ndarray) else index
         return Batch(
             obs=obs,
-            mask=self._mask[self._state[index]],
-            action=self._action[index],
-            reward=self._reward[index],
-            discount=self._discount[index],
+            mask=torch.from_numpy(data.mask_MT[data.state_N[index]]),
+            action=self._action[chosen],
+            reward=self._reward[chosen],
+            discount=self._discount[chosen],
             next_obs=next_obs,
-            next_mask=self._mask[self._next[index]],
-            forced=self._forced[index],
-            weight=self._weight[index],
-            to_go=self._to_go[index],
+            next_mask=torch.from_numpy(data.mask_MT[data.next_N[index]]),
+            forced=self._forced[chosen],
+            weight=self._weight[chosen],
+            to_go=self._to_go[chosen],
         )
 
     def _of_episodes(self, chosen_E: Ints) -> Batch:
@@ -142,10 +141,8 @@ class Replay:
         if self._episodes is None:
             raise SpecError("this replay holds rows\n  expected: whole_episodes=True")
         index, states, at, following = self._episodes.read(chosen_E)
-        shown = self._obs[torch.from_numpy(states)]
-        return self._batch(
-            torch.from_numpy(index), History(shown, torch.from_numpy(at)), History(shown, torch.from_numpy(following))
-        )
+        shown = torch.from_numpy(self._data.obs_MV[states])
+        return self._batch(index, History(shown, torch.from_numpy(at)), History(shown, torch.from_numpy(following)))
 
     def sample(self, size: int) -> Batch:
         """Return `size` rows drawn with replacement; or whole episodes of about as many rows, at least one."""

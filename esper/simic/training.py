@@ -10,8 +10,10 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from esper.karn.kinds import refuse_skeleton
 from esper.karn.overrides import record_override
 from esper.karn.policy_card import write_policy_page
+from esper.karn.splits_stored import DEFAULT_NAME, find_split
 from esper.karn.versions import Version
 from esper.leyline.controller_specs import LearnedPolicy
 from esper.leyline.errors import CheckpointError, HealthError, SpecError, unknown_name
@@ -31,7 +33,8 @@ from esper.simic.iql import IqlRecipe, fit_iql
 from esper.simic.learning import Fitted, LearnerSpec, OnLog
 from esper.simic.load_tensors import load_tensors
 from esper.simic.resume import Progress
-from esper.simic.splits import held_out_rows
+from esper.simic.row_files import memory_budget
+from esper.simic.splits import split_rows
 from esper.tamiyo.checkpoints import PolicyCard, load_checkpoint, save_checkpoint
 from esper.tamiyo.networks import single_thread
 
@@ -116,6 +119,7 @@ def train(
     override_health: str | None = None,
     backend: Backend = "esper",
     recipe: Recipe | None = None,
+    split: str = DEFAULT_NAME,
     resume: Path | None = None,
     on_log: OnLog,
 ) -> LearnedPolicy:
@@ -132,6 +136,7 @@ def train(
             checkpoint.
         backend: Whose implementation of the learner.
         recipe: The learner's specification; the recipe of the learner's name unless given.
+        split: Name of the stored split of the version whose validation seeds are held out.
         resume: Folder for the state of the training while it goes on. What a killed run left there is taken up, and
             where `out` holds this very policy already, it is returned as it is. None starts over. d3rlpy's learners
             always start over: their state is not ours to store.
@@ -144,6 +149,7 @@ def train(
         HealthError: The version is blocked or was never checked.
         SpecError: The recipe is of another learner, the data has nothing to learn from, the reason says nothing, or
             `resume` holds the state of another training.
+        UnknownNameError: There is no such split.
         TrainingError: A loss is not finite.
     """
     chosen = load_recipe(algorithm, backend) if recipe is None else _matching(recipe, algorithm, backend)
@@ -155,16 +161,19 @@ def train(
     card |= {"dataset": version.ref, "dataset_digest": version.manifest.digest, "verdict": level}
     if override is not None:
         card |= {"unchecked": True, "override_reason": override.reason}
+    of_version = find_split(version, split)
+    card["split"] = None if split == DEFAULT_NAME else split
     if resume is not None and (stored := _stored(out, card)) is not None:
         return stored
     progress = None if resume is None else Progress(resume, STORE_EVERY_STEPS, _identity(card))
     transitions = _load(version, chosen, rewards)
-    held = held_out_rows(transitions)
+    learned, held = (transitions.select(rows) for rows in split_rows(transitions, of_version))
+    del transitions  # where the states stay on disk, what was copied into the two is most of the memory
+    counts = {"training_rows": float(len(learned)), "held_out_rows": float(len(held))}
+    counts["episodes_left_out"] = float(learned.num_left_out)
+    card["rewards"] = {key: card["rewards"][key] for key in learned.environments}
     with single_thread():
-        fitted = _fit(chosen, transitions.select(~held), transitions.select(held), seed, on_log, progress)
-    counts = {"training_rows": float((~held).sum()), "held_out_rows": float(held.sum())}
-    counts["episodes_left_out"] = float(transitions.num_left_out)
-    card["rewards"] = {key: card["rewards"][key] for key in transitions.environments}
+        fitted = _fit(chosen, learned, held, seed, on_log, progress)
     policy = _save(out, fitted, card | {"metrics": counts | fitted.metrics})
     if progress is not None:
         progress.remove()
@@ -186,7 +195,8 @@ def _matching(recipe: Recipe, algorithm: str, backend: Backend) -> Recipe:
 
 def _identity(card: Mapping[str, Any]) -> str:
     """Whose progress it is: all that the trained weights depend on."""
-    names = ("algorithm", "recipe", "rewards", "dataset_digest", "training_seed")
+    names = ["algorithm", "recipe", "rewards", "dataset_digest", "training_seed"]
+    names += ["split"] if card["split"] else []
     return hex_digest([{name: card[name] for name in names}, package_version("esper"), ENGINE_VERSION])
 
 
@@ -208,8 +218,9 @@ def _stored(out: Path, card: Mapping[str, Any]) -> LearnedPolicy | None:
 def _load(version: Version, recipe: Recipe, rewards: Mapping[str, RewardSpec]) -> Transitions:
     if isinstance(recipe, ImitateRecipe):
         return load_demonstrations(version, recipe, rewards)
-    view = recipe.network.view if isinstance(recipe, LearnerSpec) else recipe.view
-    return load_tensors(version, view, rewards)
+    if not isinstance(recipe, LearnerSpec):
+        return load_tensors(version, recipe.view, rewards)  # d3rlpy wants arrays
+    return load_tensors(version, recipe.network.view, rewards, budget_bytes=memory_budget())
 
 
 def _fit(
@@ -244,8 +255,9 @@ def admit(version: Version, use: Use, reason: str | None, *, by: str) -> tuple[L
 
     Raises:
         HealthError: Blocked or never checked, and there is no reason.
-        SpecError: The reason says nothing.
+        SpecError: The reason says nothing, or the version holds made-up episodes.
     """
+    refuse_skeleton(version)
     verdict = version.verdict()
     level = None if verdict is None else verdict.level(use)
     if level is not None and level is not Level.BLOCK:

@@ -37,6 +37,7 @@ class PolicyCard(Spec):
         recipe: Every field of the learner's specification.
         dataset: `NAME@n` of the sealed version; None where the policy learned from live episodes alone.
         dataset_digest: The digest of that version.
+        split: Name of its stored split whose validation seeds were held out; None for the default one.
         verdict: Its level for the use; None where it was never checked.
         unchecked: Training went ahead although the verdict was block or missing.
         override_reason: Why it did, in the words of whoever started it.
@@ -53,6 +54,7 @@ class PolicyCard(Spec):
     rewards: dict[str, dict[str, Any]]
     dataset: str | None = None
     dataset_digest: str | None = None
+    split: str | None = None
     verdict: Level | None = None
     unchecked: bool = False
     override_reason: str | None = None

@@ -15,7 +15,7 @@ when learning (`History`), one at a time with the memory handed back when acting
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
@@ -37,6 +37,8 @@ BLUEPRINT_DIMS = 4
 CLIP = 10.0
 SMALLEST_SD = 1e-3
 """A column that varies less than this in the data is centred and not scaled."""
+MOMENT_ROWS = 1024
+"""Rows of a data set whose moments are taken at once: the sums depend on it, and so do their last bits."""
 
 
 class NetworkSpec(Spec):
@@ -131,15 +133,26 @@ class Normaliser(nn.Module):
 
     def fit(self, obs_NV: Tensor) -> None:
         """Set mean and sd from the rows of a data set; absent slots do not count."""
+        self.fit_blocks(obs_NV[i : i + MOMENT_ROWS] for i in range(0, len(obs_NV), MOMENT_ROWS))
+
+    def fit_blocks(self, blocks: Iterable[Tensor]) -> None:
+        """Set mean and sd as `fit` does, from the rows in blocks of MOMENT_ROWS, the last one as long as it is."""
         layout = self.layout
-        shared = _moments(obs_NV[:, : layout.num_global])
+        shared, present, all_slots = Moments(), Moments(), Moments()
+        for obs_NV in blocks:
+            shared.add(obs_NV[:, : layout.num_global])
+            if not layout.num_slots:
+                continue
+            slots = obs_NV[:, layout.num_global : layout.num_numbers].reshape(-1, layout.slot_width)
+            present.add(slots[slots[:, 0] > 0] if layout.has_presence else slots)
+            if not present.num_rows:
+                all_slots.add(slots)
+        parts = [shared.mean_and_sd()]
         if layout.num_slots:
-            blocks = obs_NV[:, layout.num_global : layout.num_numbers].reshape(-1, layout.slot_width)
-            present = blocks[blocks[:, 0] > 0] if layout.has_presence else blocks
-            slots = _moments(present if len(present) else blocks)
-            shared = tuple(torch.cat([a, b.repeat(layout.num_slots)]) for a, b in zip(shared, slots))  # type: ignore[assignment]
-        self.mean.copy_(shared[0])
-        self.scale.copy_(1.0 / shared[1])
+            parts += [(present if present.num_rows else all_slots).mean_and_sd()] * layout.num_slots
+        mean, sd = (torch.cat(each) for each in zip(*parts))
+        self.mean.copy_(mean)
+        self.scale.copy_(1.0 / sd)
 
     def forward(self, numbers_NV: Tensor) -> tuple[Tensor, Tensor]:
         """Return the global block [N, G] and the slot blocks [N, slots, F]."""
@@ -155,10 +168,34 @@ class Normaliser(nn.Module):
         return scaled[:, : layout.num_global], blocks
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    wide = rows.double()
-    mean, sd = wide.mean(dim=0), wide.std(dim=0, correction=0)
-    return mean.float(), torch.where(sd < SMALLEST_SD, torch.ones_like(sd), sd).float()
+class Moments:
+    """Mean and sd of columns from rows that come in blocks (Chan, Golub, LeVeque 1979), in float64."""
+
+    def __init__(self) -> None:
+        self.num_rows = 0
+        self._mean = torch.zeros(0, dtype=torch.float64)
+        self._squares = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in more rows; none is fine."""
+        if not len(rows):
+            return
+        wide = rows.double()
+        mean = wide.mean(dim=0)
+        squares = (wide - mean).square().sum(dim=0)
+        if not self.num_rows:
+            self.num_rows, self._mean, self._squares = len(rows), mean, squares
+            return
+        total = self.num_rows + len(rows)
+        ahead = mean - self._mean
+        self._mean = self._mean + ahead * (len(rows) / total)
+        self._squares = self._squares + squares + ahead.square() * (self.num_rows * len(rows) / total)
+        self.num_rows = total
+
+    def mean_and_sd(self) -> tuple[Tensor, Tensor]:
+        """Return both in float32; the sd of a column that hardly varies is 1."""
+        sd = (self._squares / self.num_rows).sqrt()
+        return self._mean.float(), torch.where(sd < SMALLEST_SD, torch.ones_like(sd), sd).float()
 
 
 class StateEncoder(nn.Module):

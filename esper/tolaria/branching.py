@@ -16,7 +16,7 @@ from esper.leyline.actions import NUM_OPS, Actions, action_from_row, is_valid
 from esper.leyline.errors import MaskError
 from esper.leyline.matrix import CohortPlan, PlannedBranch, PlannedEpisode
 from esper.tolaria.checkpoint import CheckpointSpec
-from esper.tolaria.cohort import Observation
+from esper.tolaria.cohort import Cohort, Observation
 from esper.tolaria.recorder import BranchMark, Decisions, Recorder
 from esper.tolaria.rollout import CohortRun, Crew
 from esper.tolaria.runtime import code_commit
@@ -81,7 +81,9 @@ def _prefix_by(steps: pa.Table, parent: PlannedEpisode) -> pa.Table:
     return steps
 
 
-def run_with_branches(plan: CohortPlan, checkpoint: CheckpointSpec | None = None) -> dict[str, pa.Table]:
+def run_with_branches(
+    plan: CohortPlan, checkpoint: CheckpointSpec | None = None, kind: type[Cohort] = Cohort
+) -> dict[str, pa.Table]:
     """Run a plan's episodes, then its branches; return the tables of both, sorted by (episode_id, step).
 
     Parents that are not among the episodes are run too; their own tables are left out.
@@ -89,6 +91,7 @@ def run_with_branches(plan: CohortPlan, checkpoint: CheckpointSpec | None = None
     Args:
         plan: Episodes and branches.
         checkpoint: Where an interrupted run of the episodes goes on from.
+        kind: What carries it out.
 
     Raises:
         LifecycleError: A parent ended before the step at which a branch leaves it.
@@ -102,7 +105,7 @@ def run_with_branches(plan: CohortPlan, checkpoint: CheckpointSpec | None = None
             index[name] = len(running)
             running.append(branch.parent)
     alone = plan.model_copy(update={"episodes": tuple(running), "branches": ()})
-    run = CohortRun.of(alone, keep_snapshots=True, checkpoint=checkpoint)
+    run = CohortRun.of(alone, keep_snapshots=True, checkpoint=checkpoint, kind=kind)
     parts = [run.recorder.tables(code_commit())]
     for branch in plan.branches:
         rows = [np.array(row, dtype=np.int8) for row in branch.forced]

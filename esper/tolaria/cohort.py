@@ -77,7 +77,7 @@ class Cohort:
         self.env_seed = env_seed
         self.roots = tuple(roots)
         self.device = slot_device()
-        self.data: TaskData = load_task(spec.task, self.device)
+        self.data: TaskData = self._load()
         self.costs: dict[str, HostCosts] = {root: self._root_costs(root) for root in {*roots, Root.HOST.value}}
         self.executor = executor or SerialExecutor()
         self.keep_snapshots = keep_snapshots
@@ -87,6 +87,13 @@ class Cohort:
         self.step_costs = no_costs(len(roots))
         self.interventions: list[Intervention] = []
         self._flock = self._new_flock("", {}, [])
+
+    def _load(self) -> TaskData:
+        return load_task(self.spec.task, self.device)
+
+    def _open(self, root: str) -> tuple[Lineage, list[lifecycle.SlotState]]:
+        """The lineage of a root, validated, and the slots that a rider starts with."""
+        return open_root(self.spec, self.env_seed, root, self.data)
 
     def _new_flock(self, trunk_key: str, lineages: dict[str, Lineage], riders: list[Rider]) -> Flock:
         return Flock(
@@ -146,7 +153,7 @@ class Cohort:
         lineages: dict[str, Lineage] = {}
         opened = {}
         for root in dict.fromkeys((Root.HOST.value, *self.roots)):
-            opened[root] = open_root(self.spec, self.env_seed, root, self.data)
+            opened[root] = self._open(root)
             lineages[opened[root][0].host_key] = opened[root][0]
         trunk_key = opened[Root.HOST.value][0].host_key
         riders = [Rider(i, root, opened[root][0], list(opened[root][1])) for i, root in enumerate(self.roots)]
@@ -258,7 +265,7 @@ class Cohort:
             raise LifecycleError(f"cannot branch at step {step}: the episode has decisions 0 to {parent.num_steps - 1}")
         nearest = max(known for known in self.snapshots if known <= step)
         state = self._copy(self.snapshots[nearest])
-        child = Cohort(self.spec, self.env_seed, [self.roots[episode]], self.executor)
+        child = type(self)(self.spec, self.env_seed, [self.roots[episode]], self.executor)
         rider = state.riders[episode]
         rider.index = 0
         state.lineages = {state.trunk_key: state.trunk, rider.lineage.host_key: rider.lineage}

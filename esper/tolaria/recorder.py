@@ -6,6 +6,7 @@ import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -123,8 +124,8 @@ class Recorder:
     def tables(self, code_commit: str) -> dict[str, pa.Table]:
         """Return the three tables, without the commit columns, sorted by (env_seed, episode_id, step)."""
         order = sorted(range(len(self.identities)), key=lambda k: self.identities[k].episode_id)
-        steps = pa.concat_tables([self._steps(self.cohort.riders[k]) for k in order])
-        costs = pa.concat_tables([self._costs(self.cohort.riders[k]) for k in order])
+        steps = _table(_joined([self._steps(self.cohort.riders[k]) for k in order]), STEPS)
+        costs = _table(_joined([self._costs(self.cohort.riders[k]) for k in order]), COSTS)
         rows = [self._episode(self.cohort.riders[k], code_commit) for k in order]
         return {"steps": steps, "costs": costs, "episodes": pa.Table.from_pylist(rows, schema=uncommitted(EPISODES))}
 
@@ -135,7 +136,7 @@ class Recorder:
             "env_seed": self.plan.env_seed,
         }
 
-    def _steps(self, rider: Rider) -> pa.Table:
+    def _steps(self, rider: Rider) -> dict[str, Any]:
         k, length = rider.index, rider.num_steps
         episode = self.plan.episodes[k]
         moments = self.moments[: length + 1]
@@ -175,7 +176,7 @@ class Recorder:
             ),
         }
         columns |= self._reward_columns(rider, features)
-        return _table(columns, STEPS)
+        return columns
 
     def _branch_flags(self, length: int) -> tuple[Bools, Bools]:
         """Which rows are a branch's replayed prefix, and which had their action forced."""
@@ -212,7 +213,7 @@ class Recorder:
             "final_seed_params": [*last, outcome.seed_params],
         }
 
-    def _costs(self, rider: Rider) -> pa.Table:
+    def _costs(self, rider: Rider) -> dict[str, Any]:
         k, length = rider.index, rider.num_steps
         costs = [moment.costs for moment in self.moments[1 : length + 1] if moment.costs is not None]
         columns: dict[str, object] = {name: [value] * length for name, value in self._ids(rider).items()}
@@ -223,7 +224,7 @@ class Recorder:
             "cpu_s_shared": [float(c.cpu_s_shared_K[k]) for c in costs],
             "riders": [int(c.riders_K[k]) for c in costs],
         }
-        return _table(columns, COSTS)
+        return columns
 
     def _episode(self, rider: Rider, code_commit: str) -> dict[str, object]:
         k = rider.index
@@ -333,7 +334,17 @@ def _action_columns(actions: NDArray[np.int8]) -> dict[str, object]:
     return columns
 
 
-def _table(columns: dict[str, object], schema: pa.Schema) -> pa.Table:
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The columns of several episodes as one: making Arrow of each alone costs a third of a cohort's bookkeeping."""
+    return {
+        name: np.concatenate([part[name] for part in parts])
+        if isinstance(first, np.ndarray)
+        else [value for part in parts for value in part[name]]
+        for name, first in parts[0].items()
+    }
+
+
+def _table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     wanted = uncommitted(schema)
     arrays = []
     for field_ in wanted:

@@ -149,6 +149,7 @@ class CohortRun:
         keep_snapshots: bool = False,
         checkpoint: CheckpointSpec | None = None,
         watch: Watch | None = None,
+        kind: type[Cohort] = Cohort,
     ) -> Self:
         """Run a plan to its end; with a checkpoint, go on from it where it is there, and write it as the run proceeds.
 
@@ -162,7 +163,7 @@ class CohortRun:
             run = cls._resumed(plan, crew, executor, checkpoint.folder)
             observation = run.cohort.observe()
         else:
-            cohort = Cohort(plan.environment, plan.env_seed, [e.root for e in plan.episodes], executor, keep_snapshots)
+            cohort = kind(plan.environment, plan.env_seed, [e.root for e in plan.episodes], executor, keep_snapshots)
             run = cls(plan, cohort, Recorder(cohort, plan, [plan.identity(episode) for episode in plan.episodes]))
             observation = cohort.reset()
         cohort, recorder = run.cohort, run.recorder
@@ -195,7 +196,9 @@ class CohortRun:
         return cls(plan, cohort, recorder)
 
 
-def run_cohort(plan: CohortPlan, checkpoint: CheckpointSpec | None = None) -> dict[str, pa.Table]:
+def run_cohort(
+    plan: CohortPlan, checkpoint: CheckpointSpec | None = None, kind: type[Cohort] = Cohort
+) -> dict[str, pa.Table]:
     """Run all episodes of a plan together, then its branches.
 
     Returns `steps`, `costs` and `episodes` without the commit columns. Same plan, same bytes in every deterministic
@@ -206,13 +209,14 @@ def run_cohort(plan: CohortPlan, checkpoint: CheckpointSpec | None = None) -> di
         plan: What to run.
         checkpoint: Where to keep what an interrupted run goes on from, by itself; removed at the end. The episodes
             are kept, a run that is interrupted among its branches begins those anew.
+        kind: What carries it out.
     """
     if plan.branches:
         from esper.tolaria.branching import run_with_branches  # it is built on CohortRun
 
-        tables = run_with_branches(plan, checkpoint)
+        tables = run_with_branches(plan, checkpoint, kind)
     else:
-        tables = CohortRun.of(plan, checkpoint=checkpoint).recorder.tables(code_commit())
+        tables = CohortRun.of(plan, checkpoint=checkpoint, kind=kind).recorder.tables(code_commit())
     if checkpoint is not None:
         remove_checkpoint(checkpoint.folder)
     return tables

@@ -50,11 +50,8 @@ class WorkerError(EsperError):
     """A job failed in its worker process, or the process died under it."""
 
 
-def check_devices(devices: Sequence[str]) -> None:
-    """Raise SpecError unless every slot is `cpu` or a GPU of this machine (`cuda:N`), and all are of one kind.
-
-    Starts nothing on a GPU.
-    """
+def check_device_names(devices: Sequence[str]) -> None:
+    """Raise SpecError unless every slot is `cpu` or `cuda:N`, here or elsewhere, and all are of one kind."""
     for name in devices:
         if not re.fullmatch(r"cpu|cuda:\d+", name):
             raise SpecError(
@@ -65,6 +62,14 @@ def check_devices(devices: Sequence[str]) -> None:
             f"devices {' '.join(devices)} are of two kinds\n"
             "  expected: all cpu or all cuda; an environment's numerics belong to one of them"
         )
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Raise SpecError unless every slot is `cpu` or a GPU of this machine (`cuda:N`), and all are of one kind.
+
+    Starts nothing on a GPU.
+    """
+    check_device_names(devices)
     gpus = sorted({name for name in devices if name != CPU_SLOT})
     if gpus:
         import torch
@@ -186,7 +191,7 @@ class _Worker:
             ok, value = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(timeout=5)
-            raise _DiedError(
+            raise WorkerDiedError(
                 f"a worker process died (exit code {self._process.exitcode})\n"
                 "  a negative code is the signal: -9 is a kill, often for lack of memory; try fewer --workers"
             ) from None
@@ -200,8 +205,8 @@ class _Worker:
         self._process.join(timeout=5)
 
 
-class _DiedError(WorkerError):
-    """The process is gone: its place needs a new one."""
+class WorkerDiedError(WorkerError):
+    """The process is gone, killed or out of memory: its place needs a new one."""
 
 
 @dataclass(slots=True)
@@ -304,7 +309,7 @@ class CohortPool:
         try:
             worker = slot.worker = slot.worker or self._start(slot.device)
             result: T = worker.call(function, arguments)
-        except _DiedError:
+        except WorkerDiedError:
             with self._lock:
                 self._workers.discard(worker)
             slot.worker = None

@@ -9,7 +9,16 @@ import pytest
 from factories import synthetic_tables
 
 from esper.cli.main import main
+from esper.cli.output import write_table
+from esper.karn.sql_session import SqlSession
 from esper.karn.store import open_store
+
+
+@pytest.fixture(scope="module")
+def session(demo_store):
+    with SqlSession(open_store(demo_store).resolve("demo")) as opened:
+        yield opened
+
 
 COUNT = "SELECT controller, count(*) AS n FROM episodes GROUP BY ALL ORDER BY ALL"
 
@@ -43,11 +52,12 @@ def test_csv_json_and_parquet_hold_the_same_rows(run, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["table", "csv", "json", "parquet"])
-def test_every_column_of_every_view_can_be_written(run, form):
-    for view in ("steps", "episodes", "costs", "decisions", "returns", "cells", "lineages"):
-        code, out, err = run(f"SELECT * FROM {view}", "--format", form)
-        assert code == 0, err
-        assert out
+def test_every_column_of_every_view_can_be_written(session, capfdbinary, form):
+    views = session.columns()
+    assert len(views) > 10
+    for view in views:
+        write_table(session.run(f"SELECT * FROM {view} LIMIT 20"), form, None)
+        assert capfdbinary.readouterr().out, view
 
 
 def test_json_has_null_for_what_is_not_finite_and_hex_for_bytes(run):
@@ -123,3 +133,55 @@ def test_a_timeout_must_be_positive_and_is_kept(run):
     code, _, err = run("SELECT count(*) FROM range(10000000) a, range(10000000) b", "--timeout", "0.2")
     assert code == 2
     assert "longer than 0.2 s" in err
+
+
+def test_statements_on_stdin_run_one_after_the_other(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("SELECT 1 AS a;\n-- two\nSELECT 'b;' AS b;"))
+    code, out, err = run("-", "--format", "csv")
+    assert (code, out.decode().split()) == (0, ['"a"', "1", '"b"', '"b;"'])
+    assert err.count("1 rows from demo@1") == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO("SELECT 1; DROP VIEW steps; SELECT 2"))
+    code, out, err = run("--format", "json")
+    assert (code, json.loads(out)) == (2, [{"1": 1}])
+    assert "DROP" in err
+
+
+def test_a_mistyped_option_is_no_statement(run):
+    code, _, err = run("--querry")
+    assert code == 2
+    assert "unknown option --querry" in err
+
+
+def test_an_empty_stdin_is_a_question_of_usage(run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    code, _, err = run()
+    assert code == 2
+    assert "no statement" in err
+
+
+def test_a_sql_file_holds_one_statement(run, tmp_path):
+    path = tmp_path / "mine.sql"
+    path.write_text("SELECT 1; SELECT 2")
+    code, out, err = run("--query", str(path))
+    assert (code, out) == (2, b"")
+    assert "2 statements" in err
+
+
+def test_nothing_of_the_store_is_written_over(run, demo_store, tmp_path):
+    sealed = sorted(path for path in demo_store.rglob("*") if path.is_file())
+    before = {path: path.read_bytes() for path in sealed}
+    part = next(path for path in sealed if path.suffix == ".parquet")
+    for name in ("soft", "hard"):
+        path = tmp_path / f"{name}.parquet"
+        path.symlink_to(part) if name == "soft" else path.hardlink_to(part)
+    for output in (part, demo_store / "new.csv", tmp_path / "soft.parquet", tmp_path / "hard.parquet"):
+        code, _, err = run("SELECT 1", "--output", str(output))
+        assert code == 2
+        assert "the store" in err
+    assert {path: path.read_bytes() for path in demo_store.rglob("*") if path.is_file()} == before
+
+
+def test_an_unknown_dataset_names_the_nearest(run):
+    code, _, err = run(COUNT, "--dataset", "dem")
+    assert code == 2
+    assert "did you mean 'demo'" in err

@@ -81,7 +81,9 @@ def test_runs_on_gpus_are_paired_with_those_on_the_cpu_and_have_ids_of_their_own
 
 
 def test_a_dry_run_states_the_memory_of_a_worker_and_runs_nothing(library, capsys):
-    datagen(matrix="tiny", store=str(library / "store"), devices=["cpu", "cpu"], max_lineages=2, dry_run=True)
+    datagen(
+        matrix="tiny", store=str(library / "store"), devices=["cpu", "cpu"], max_lineages=2, dry_run=True, memory=True
+    )
     said = capsys.readouterr().out
     assert "memory of a worker, at most, MB" in said
     assert "(x 2 workers)" in said

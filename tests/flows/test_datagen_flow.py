@@ -7,9 +7,10 @@ import tiny
 from esper.leyline.errors import SpecError, StoreError, UnknownNameError
 from esper.leyline.identity import root_host_key
 from esper.tolaria.workers import cohort_engine
-from flows.datagen import DatagenRequest, estimate_datagen, generate, run_datagen
+from flows.datagen import DatagenRequest, generate, run_datagen
 from flows.orchestration import LocalOrchestrator
 from flows.planning import Selection, computed_epochs, plan_matrix, remaining
+from flows.preview import preview
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_later_commits_of_other_episodes_do_not_make_the_same_command_seal_again
 
 def test_measured_epochs_lie_between_the_trunks_and_each_episode_alone(library):
     generated = _generate(library)
-    estimate = estimate_datagen(DatagenRequest(matrix="tiny", store=str(library / "store")))
+    estimate = preview(DatagenRequest(matrix="tiny", store=str(library / "store"))).estimate
     assert estimate.episodes == generated.new_episodes == 12
     assert estimate.least_epochs <= generated.computed_epochs <= estimate.alone_epochs == generated.alone_epochs
     assert estimate.measured_ratio == pytest.approx(generated.ratio)

@@ -15,9 +15,10 @@ from esper.leyline.matrix import CohortPlan, PlannedBranch, PlannedEpisode
 from esper.leyline.schema import deterministic_columns
 from esper.tolaria.memory import cohort_memory
 from esper.tolaria.rollout import CohortRun, run_cohort
-from flows.datagen import DatagenRequest, generate, run_datagen, worker_memory
+from flows.datagen import DatagenRequest, generate, run_datagen
 from flows.orchestration import LocalOrchestrator
 from flows.planning import plan_matrix, slices
+from flows.preview import preview
 
 EPISODES = [
     *(PlannedEpisode(controller=behaviour("random"), epsilon=1.0, repetition=r) for r in range(3)),
@@ -124,7 +125,7 @@ def test_less_than_an_episode_beside_the_trunk_is_a_usage_error():
 
 def test_memory_falls_with_the_limit_and_is_that_of_the_largest_slice(library):
     request = DatagenRequest(matrix="tiny", store=str(library))
-    bounds = [worker_memory(request.model_copy(update={"max_lineages": limit})) for limit in (2, 3, None)]
+    bounds = [preview(request.model_copy(update={"max_lineages": limit})).memory() for limit in (2, 3, None)]
     assert [bound.num_lineages for bound in bounds] == [3, 4, 6]
     assert bounds[0].total_bytes < bounds[1].total_bytes < bounds[2].total_bytes
     assert replace(bounds[2], num_lineages=3) == bounds[0]

@@ -204,6 +204,29 @@ def test_a_check_stores_verdict_page_and_data_docs_and_tells_the_receiver(store,
     assert receiver.bodies == [blocked_payload(checked.verdict, checked.page)]
 
 
+def test_a_stored_prefect_block_is_the_way_to_the_receiver_and_one_that_is_gone_costs_one_line(
+    receiver, monkeypatch, capsys
+):
+    from prefect.blocks.webhook import Webhook
+
+    def load(name: str, **_: object) -> Webhook:
+        if name != "alarms":
+            raise ValueError(f"Unable to find block document named {name}")
+        return Webhook(url=receiver.url)
+
+    monkeypatch.setattr(Webhook, "load", load)  # blocks lie in a server, which takes half a minute to start
+    monkeypatch.setenv(URL_VARIABLE, receiver.url)
+    blocking = verdict(Level.BLOCK)
+    assert notify_blocked(blocking, None, under_prefect=True)
+    monkeypatch.setenv(BLOCK_VARIABLE, "alarms")
+    assert notify_blocked(blocking, None, under_prefect=True)
+    assert receiver.bodies == 2 * [blocked_payload(blocking, None)]
+    monkeypatch.setenv(BLOCK_VARIABLE, "gone")
+    assert not notify_blocked(blocking, None, under_prefect=True)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.slow
 def test_under_prefect_the_verdict_is_an_artifact_and_both_ways_to_a_webhook_work(
     store, receiver, tmp_path, monkeypatch
 ):
@@ -239,13 +262,17 @@ def _artifacts(client):
     return found
 
 
-def test_a_blocked_version_stops_the_pipeline_and_the_receiver_is_told_with_the_page(receiver, tmp_path, monkeypatch):
+def test_blocked_data_stop_the_pipeline_with_3_keep_the_verdict_and_the_receiver_is_told_with_the_page(
+    receiver, tmp_path, monkeypatch, capsys
+):
     tiny.write_pipeline(tmp_path, bounds="[-100.0, 100.0]")
     tiny.write_library(tmp_path, replicates=1, horizon=3)  # a matrix of two behaviours
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(URL_VARIABLE, receiver.url)
-    command = ["pipeline", "tiny", "--store", "store", "--workers", "1", "--no-prefect", "--run-name", "r1"]
+    command = ["pipeline", "tiny", "--store", "store", "--workers", "0", "--no-prefect", "--run-name", "r1"]
     assert main(command) == 3
+    assert "tiny@1 is blocked for offline RL" in capsys.readouterr().err
+    assert open_store("store").resolve("tiny@1").verdict() is not None
     assert not (tmp_path / "store/tiny/runs/r1/checkpoints").exists()
     (body,) = receiver.bodies
     page = tmp_path / "store/tiny/runs/r1/health/tiny@1.html"

@@ -76,14 +76,3 @@ def test_evaluate_and_report_take_up_what_the_pipeline_left(finished, capsys):
     assert "controls of the run failed" in capsys.readouterr().err
     assert main(["report", "tiny", *where]) == 0
     assert capsys.readouterr().out.strip().endswith("again/report.html")
-
-
-def test_blocked_data_stop_the_pipeline_with_3_and_keep_version_and_verdict(tmp_path, monkeypatch, capsys):
-    tiny.write_pipeline(tmp_path, bounds="[-100.0, 100.0]")
-    tiny.write_library(tmp_path, replicates=1, horizon=3)  # a matrix of two behaviours
-    monkeypatch.chdir(tmp_path)
-    assert main(COMMAND) == 3
-    assert "tiny@1 is blocked for offline RL" in capsys.readouterr().err
-    version = open_store("store").resolve("tiny@1")
-    assert version.verdict() is not None
-    assert not (tmp_path / "store/tiny/runs/r1/checkpoints").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -57,9 +58,33 @@ def test_a_datagen_flow_run_and_its_cohorts_show_up_in_the_server(server, tmp_pa
     with get_client(sync_client=True) as client:
         (flow_run,) = [run for run in client.read_flow_runs() if run.name.startswith("datagen-")]
         tasks = {run.name: run.state_name for run in client.read_task_runs() if run.flow_run_id == flow_run.id}
+        (artifact,) = [found for found in client.read_artifacts() if found.key == "datagen-tiny"]
     assert flow_run.state_name == "Completed"
     assert flow_run.parameters["request"]["matrix"] == "tiny"
     assert tasks == {"tiny/0": "Completed", "tiny/1": "Completed"}
+    assert artifact.flow_run_id == flow_run.id
+    rows = json.loads(artifact.data)
+    assert [row["done"] for row in rows] == [row["planned"] for row in rows] == [2, 2, 2, 2]
+    assert artifact.description == "8 of 8 episodes done, 0 failed, 0 to go in 0 of 4 cells"
+
+
+def test_a_task_is_not_tried_again_once_its_unit_says_that_it_is_of_no_use(server):
+    from flows.context import RunOptions
+    from flows.failures import Tries
+    from flows.prefect_flows import run_as_flow
+
+    calls = []
+
+    def fails():
+        calls.append(len(calls))
+        raise ValueError("always the same")
+
+    def core(request, orchestrator):
+        return list(orchestrator.units([Unit("cohort", "again/0", fails, retries=5, again=Tries(6))]))
+
+    ((_, outcome),) = run_as_flow("again", RunOptions(workers=0), core)
+    assert str(outcome) == "always the same"
+    assert len(calls) == 2
 
 
 def _num_task_runs(prefix: str = "tiny/") -> int:

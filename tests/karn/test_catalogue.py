@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import time
 
 import duckdb
@@ -9,6 +10,7 @@ import pytest
 from factories import concat_tables, synthetic_tables
 
 from esper.karn.catalogue import connect, query, view_columns
+from esper.karn.sql_session import SqlSession
 from esper.karn.store import open_store
 from esper.leyline.actions import BLENDS, CNN_BLUEPRINTS, DWELL_EPOCHS, ISOLATIONS, SEED_LR_FACTORS, TEMPO_EPOCHS
 from esper.leyline.errors import IntegrityError, QueryError
@@ -32,6 +34,13 @@ def version(made):
     return made[0]
 
 
+@pytest.fixture(scope="module")
+def session(version):
+    """What `esper sql` runs the statements of people in."""
+    with SqlSession(version) as opened:
+        yield opened
+
+
 def frame(version, sql):
     return pl.from_arrow(query(version, sql))
 
@@ -48,7 +57,8 @@ def test_the_views_are_those_of_the_design(version):
     connection = connect(version)
     try:
         assert set(view_columns(connection)) == {
-            "steps", "episodes", "costs", "decisions", "cells", "returns", "lineages",
+            "steps", "episodes", "costs", "decisions", "decision_rewards", "cells", "returns", "returns_by_reward",
+            "rewards", "lineages", "progress", "episode_costs", "cell_costs",
         }  # fmt: skip
     finally:
         connection.close()
@@ -161,6 +171,11 @@ def other_file(tmp_path):
     return path
 
 
+def hashes(version):
+    files = sorted(path for path in version.root.rglob("*") if path.is_file())
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 ATTACKS = [
     "COPY episodes TO '{out}'",
     "COPY (SELECT 1) TO '{out}'",
@@ -201,6 +216,44 @@ ATTACKS = [
     "SELECT 1; SELECT 2",
     "SELECT 1; DROP VIEW steps",
     "SELECT * FROM query('COPY episodes TO ''{out}''')",
+    "SELECT * FROM query('SELECT 1')",
+    "SELECT * FROM query_table('steps')",
+    "FROM json_execute_serialized_sql(json_serialize_sql('SELECT 1'))",
+    "EXECUTE p",
+    "DEALLOCATE p",
+    "SELECT getenv('HOME')",
+    "SELECT current_setting('memory_limit')",
+    "SELECT * FROM duckdb_secrets()",
+    "SELECT * FROM duckdb_settings()",
+    "SELECT * FROM enable_profiling(save_location := '{out}')",
+    "SELECT * FROM enable_logging(storage := 'file', storage_path := '{out}')",
+    "SELECT * FROM arrow_scan(1, 1, 1)",
+    "SELECT * FROM read_json('/etc/passwd')",
+    "SELECT * FROM parquet_metadata('{other}')",
+    "SELECT * FROM sniff_csv('/etc/passwd')",
+    "SELECT * FROM \"READ_TEXT\" /* c */ ('/etc/passwd')",
+    "SELECT * FROM system.main.read_text(['/etc/passwd'])",
+    "SELECT * FROM rеad_text('/etc/passwd')",
+    "SELECT * FROM ｒｅａｄ_ｔｅｘｔ('/etc/passwd')",
+    "SELECT * FROM read_text\u00a0('/etc/passwd')",
+    "SELECT * FROM read_text($$/etc/passwd$$)",
+    "SELECT * FROM read_parquet('{link}')",
+    "SELECT * FROM '{link}'",
+    "SELECT * FROM glob('{link}')",
+    "DESCRIBE '/etc/passwd'",
+    "SUMMARIZE '{other}'",
+    "SELECT 1; -- c\n COPY episodes TO '{out}'",
+    "SELECT 1 /* ; */ ; /* SELECT 2 */ DROP VIEW steps",
+    "CREATE MACRO m() AS 1",
+    "CREATE TEMP TABLE t AS SELECT 1",
+    "WITH x AS (INSERT INTO _attempts VALUES ('a', 1, 'b') RETURNING *) SELECT * FROM x",
+    "WITH x AS (SELECT 1) UPDATE _attempts SET attempt = 9",
+    "ALTER VIEW steps RENAME TO s",
+    "SET VARIABLE x = 1",
+    "USE memory",
+    "IMPORT DATABASE '{out}'",
+    "SELECT * FROM force_checkpoint()",
+    "SELECT ?",
     "BEGIN TRANSACTION",
     "ROLLBACK",
     "",
@@ -209,14 +262,16 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_nothing_but_reading_this_version_is_possible(version, other_file, tmp_path, attack):
+def test_nothing_but_reading_this_version_is_possible(version, session, other_file, tmp_path, attack):
     own = version.files("episodes")[0]
-    before, out = own.read_bytes(), tmp_path / "out.csv"
-    with pytest.raises(QueryError):
-        query(version, attack.format(out=out, own=own, other=other_file))
-    assert own.read_bytes() == before
+    before, out, link = hashes(version), tmp_path / "out.csv", tmp_path / "link.parquet"
+    link.symlink_to(other_file)
+    with pytest.raises(QueryError) as caught:
+        session.run(attack.format(out=out, own=own, other=other_file, link=link))
+    assert "root:" not in str(caught.value)
+    assert hashes(version) == before
     assert not out.exists()
-    assert query(version, "SELECT count(*) AS n FROM episodes")["n"][0].as_py() == version.manifest.counts["episodes"]
+    assert session.run("SELECT count(*) AS n FROM episodes")["n"][0].as_py() == version.manifest.counts["episodes"]
 
 
 @pytest.mark.parametrize(
@@ -259,11 +314,14 @@ def test_python_variables_are_not_tables(version):
         "EXPLAIN ANALYZE SELECT count(*) FROM steps",
         "SELECT 'COPY steps TO x; DROP VIEW steps' AS a -- delete",
         'SELECT 1 AS "copy" /* update */;',
+        "SELECT 1 AS glob, 2 AS summary FROM range(3) AS query",
+        "SELECT * FROM generate_series(1, 3), unnest([1, 2])",
+        "SELECT $$ read_text('/etc/passwd') $$",
         "SELECT * EXCLUDE (tree_mask) FROM steps LIMIT 1",
     ],
 )
-def test_every_way_of_reading_works(version, sql):
-    assert query(version, sql).num_columns >= 1
+def test_every_way_of_reading_works(session, sql):
+    assert session.run(sql).num_columns >= 1
 
 
 @pytest.mark.parametrize(
@@ -273,13 +331,16 @@ def test_every_way_of_reading_works(version, sql):
         ("SELECT s.contoller FROM episodes s", "unknown column 'contoller'; did you mean 'controller'"),
         ("SELECT * FROM episode", "unknown table 'episode'; did you mean 'episodes'"),
         ("SELECT stps.op FROM steps", "unknown table 'stps'; did you mean 'steps'"),
+        ("SELECT summ(env_seed) FROM episodes", "unknown function 'summ'; did you mean 'sum'"),
+        ("WITH t AS (SELECT 1 AS alone) SELECT alonne FROM t", "unknown column 'alonne'; did you mean 'alone'"),
+        ("SELECT * FROM read_text('x')", "function 'read_text' is not allowed"),
         ("SELEC 1", "not valid SQL"),
         ("SELECT 'x'::INT", "Could not convert"),
     ],
 )
-def test_mistakes_are_explained(version, sql, message):
+def test_mistakes_are_explained(session, sql, message):
     with pytest.raises(QueryError, match=message):
-        query(version, sql)
+        session.run(sql)
 
 
 def test_a_query_that_takes_too_long_is_interrupted(version):

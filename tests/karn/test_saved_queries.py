@@ -15,6 +15,8 @@ from esper.karn.saved import description, read_query, saved_queries
 from esper.karn.store import open_store
 from esper.leyline.actions import CNN_BLUEPRINTS
 from esper.leyline.errors import UnknownNameError
+from esper.leyline.library import load
+from esper.leyline.rewards import RewardSpec
 from esper.leyline.stages import LIVE_STAGES, Stage
 
 
@@ -65,7 +67,7 @@ def test_there_are_at_least_eight_and_each_says_what_it_answers(made):
     assert len(queries) >= 8
     for name, text in queries.items():
         assert len(text) > 20, name
-        assert query(made[0], read_query(name)).num_rows > 0, name
+        assert query(made[0], read_query(name)).num_rows > 0 or name == "failures", name
 
 
 def test_an_unknown_query_names_the_nearest():
@@ -135,6 +137,41 @@ def test_best_and_worst_episodes(run, episodes):
         assert found == pytest.approx(expected)
         best = [row for row in rows if row["environment"] == environment and row["which"] == "best"]
         assert len(best) == min(10, len(gains))
+
+
+def test_returns_by_reward_ranks_the_behaviours_under_each(run, steps, episodes):
+    spec = load("rewards", "cifar16-gap", RewardSpec)
+    sums = defaultdict(float)
+    for row in decisions(steps):
+        sums[row["episode_id"]] += row["reward_accuracy_points"] - spec.rent_points * row["reward_growth_log2"]
+    rows = [row for row in run("returns-by-reward") if row["reward"] == "cifar16-gap"]
+    groups = by(episodes.values(), "environment", "controller", "epsilon")
+    assert len(rows) == len(groups)
+    for row in rows:
+        members = groups[row["environment"], row["controller"], row["epsilon"]]
+        returns = [sums[member["episode_id"]] / spec.scale_points for member in members]
+        assert row["episodes"] == len(members)
+        assert row["mean_return"] == pytest.approx(np.mean(returns), abs=1e-12)
+    for (_,), group in by(rows, "environment").items():
+        ordered = sorted(group, key=lambda row: -row["mean_return"])
+        assert [row["place"] for row in ordered] == sorted(row["place"] for row in group)
+
+
+def test_costs_per_environment(run, made):
+    costs = pl.from_arrow(made[1]["costs"])
+    rows = run("costs-per-environment")
+    assert {row["environment"] for row in rows} == {"digits-gap", "digits-baseline"}
+    for row in rows:
+        mine = costs.filter(pl.col("environment") == row["environment"])
+        assert row["alone_hours"] == pytest.approx(mine["cpu_s_alone"].sum() / 3600)
+        assert row["shared_hours"] == pytest.approx(mine["cpu_s_shared"].sum() / 3600)
+        assert row["episodes"] == mine["episode_id"].n_unique()
+
+
+def test_progress_counts_what_is_done(run, episodes):
+    rows = run("progress")
+    assert sum(row["done"] for row in rows) == len(episodes)
+    assert {row["failed"] for row in rows} == {0}
 
 
 def test_refusals(run, steps):

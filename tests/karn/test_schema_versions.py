@@ -9,24 +9,34 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from deltalake import DeltaTable, Field
+from deltalake.schema import PrimitiveType
 from factories import Tables, synthetic_tables
 
 from esper.karn.catalogue import query
 from esper.karn.digest import dataset_digest
 from esper.karn.store import Dataset, open_store
 from esper.karn.versions import Version
+from esper.leyline.errors import SchemaError
 from esper.leyline.library import load
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.schema import (
     ADDED_IN,
+    OLDEST_SCHEMA,
     SCHEMA_VERSION,
     SCHEMAS,
+    UPCASTERS,
     columns_under,
     deterministic_columns,
     schema_version_of,
+    upcast,
 )
 from esper.leyline.verdict import Level
 from esper.simic.batches import load_transitions
+from esper.simic.bc import BcRecipe
+from esper.simic.training import train
+from esper.tamiyo.checkpoints import read_card
+from esper.tamiyo.networks import NetworkSpec
 from quality.checking import measure_all, stored_schema_problems
 from quality.measures import Measure
 from quality.suites import judge
@@ -120,6 +130,42 @@ def test_columns_that_came_later_are_null_and_the_others_are_what_was_written(ol
     assert pa.Table.from_batches(old.batches("steps", batch_rows=64)).equals(old.table("steps"))
     losses = old.table("steps", columns=["val_loss"])["val_loss"]
     assert pc.sum(losses).as_py() == pytest.approx(pc.sum(rows["steps"]["val_loss"]).as_py())
+
+
+def test_rows_made_of_today_one_by_one_are_those_that_the_store_reads(old: Version, rows: Tables) -> None:
+    assert sorted(UPCASTERS) == list(range(OLDEST_SCHEMA, SCHEMA_VERSION))
+    for name, written in under_schema_1(rows).items():
+        order = [
+            (key, "ascending") for key in ("env_seed", "episode_id", "step", "actor") if key in written.schema.names
+        ]
+        now = upcast(name, written.sort_by(order), 1)
+        assert now.column_names == [column for column in SCHEMAS[name].names if column not in ("commit_id", "attempt")]
+        assert now.equals(old.table(name, columns=now.column_names).cast(now.schema))
+        assert upcast(name, now, SCHEMA_VERSION).equals(now)
+        for stranger in (OLDEST_SCHEMA - 1, SCHEMA_VERSION + 1):
+            with pytest.raises(SchemaError, match=f"schema version {stranger}"):
+                upcast(name, now, stranger)
+
+
+def test_a_table_that_a_newer_esper_wrote_is_neither_added_to_nor_sealed(rows: Tables, tmp_path: Path) -> None:
+    dataset = open_store(tmp_path).dataset("newer")
+    dataset.commit(rows)
+    episodes = DeltaTable(dataset.path / "episodes")
+    episodes.alter.add_columns([Field("from_the_future", PrimitiveType("double"))])
+    more = synthetic_tables(num_env_seeds=1, horizon=10, behaviours=RULES, first_replicate=2)
+    for use in (lambda: dataset.commit(more), lambda: seal(dataset)):
+        with pytest.raises(SchemaError, match=r"'from_the_future'\n.*update esper"):
+            use()
+
+
+def test_a_policy_is_trained_on_it(old: Version, tmp_path: Path) -> None:
+    recipe = BcRecipe(network=NetworkSpec(hidden=16, slot_hidden=8), steps=4, batch_size=16, log_every=2)
+    rewards = {"digits-gap": load("rewards", "digits-gap", RewardSpec)}
+    options = {"rewards": rewards, "out": tmp_path / "p", "seed": 0, "override_health": "an old dataset"}
+    losses: list[dict[str, float]] = []
+    policy = train("bc", old, recipe=recipe, on_log=losses.append, **options)
+    assert read_card(Path(policy.path)).metrics["training_rows"] > 0
+    assert all(np.isfinite(value) for row in losses for value in row.values())
 
 
 def test_it_still_verifies(old: Version) -> None:

@@ -82,7 +82,7 @@ def test_episodes_that_exist_are_left_out_of_a_larger_commit(dataset, tables):
 def test_a_crash_before_the_episodes_leaves_orphans_that_no_view_shows(dataset, tables, written):
     commit_id = commit_identity(ids_of(tables))
     checked = check_tables(tables)
-    opened = {table: delta.create(dataset.path / table, table) for table in SCHEMAS}
+    opened = {table: delta.create(dataset.place.child(table), table) for table in SCHEMAS}
     for table in written:
         assert delta.append(opened[table], table, to_storage(table, checked[table], commit_id, 1), commit_id, 1)
     assert dataset.episode_ids() == set()

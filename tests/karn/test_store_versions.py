@@ -10,7 +10,7 @@ import pytest
 from factories import concat_tables, synthetic_tables
 
 from esper.karn.store import open_store
-from esper.karn.versions import Version
+from esper.karn.versions import Problem, Version
 from esper.leyline.errors import IntegrityError, SchemaError, SpecError, StoreError, UnknownNameError
 from esper.leyline.schema import SCHEMA_VERSION, SCHEMAS
 from esper.leyline.verdict import CheckResult, Level, Use, Verdict
@@ -162,14 +162,15 @@ def test_a_sound_version_has_no_problems(version):
 def test_verify_reports_a_missing_file(copied):
     path = file_of(copied, "costs")
     path.unlink()
-    assert copied.verify() == [f"missing: {path.relative_to(copied.root)}"]
+    name = path.relative_to(copied.root).as_posix()
+    assert copied.verify() == [Problem("missing", name, f"missing: {name}")]
 
 
 def test_verify_reports_a_file_of_another_size(copied):
     path = file_of(copied, "steps")
     path.write_bytes(path.read_bytes() + b"x")
     (problem,) = copied.verify()
-    assert problem.startswith("size: steps/")
+    assert (problem.kind, problem.path) == ("size", path.relative_to(copied.root).as_posix())
 
 
 @pytest.mark.parametrize("position", [4, 0.5, -5])
@@ -179,14 +180,14 @@ def test_verify_reports_one_flipped_byte(copied, position):
     data[int(position * len(data)) if isinstance(position, float) else position] ^= 1
     path.write_bytes(bytes(data))
     (problem,) = copied.verify()
-    assert problem.startswith("hash: episodes/")
+    assert (problem.kind, problem.path) == ("hash", path.relative_to(copied.root).as_posix())
 
 
 def test_verify_reports_a_manifest_with_another_digest(copied):
     data = json.loads(copied.path.read_text())
     copied.path.write_text(json.dumps(data | {"digest": "0" * 64}))
     (problem,) = Version.open(copied.root, 1).verify()
-    assert problem.startswith("digest: ")
+    assert (problem.kind, problem.path) == ("digest", None)
 
 
 def test_files_of_no_commit_are_orphans_and_never_read(copied):

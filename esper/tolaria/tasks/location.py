@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 from esper.leyline.errors import DataError
+from esper.leyline.folders import CACHE_VARIABLE, cache_folder
+
+__all__ = ["CACHE_VARIABLE", "DATA_VARIABLE", "cache_folder", "data_folder", "locate", "set_data_folder"]
 
 DATA_VARIABLE = "ESPER_DATA"
-CACHE_VARIABLE = "ESPER_CACHE"
 
 
 def set_data_folder(path: str | Path | None) -> None:
@@ -26,12 +28,6 @@ def data_folder() -> Path | None:
     """Return the data folder, None where none was named; DataError where the named one does not exist."""
     named = os.environ.get(DATA_VARIABLE)
     return _checked(Path(named).expanduser(), f"${DATA_VARIABLE}") if named else None
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloads; it need not exist."""
-    named = os.environ.get(CACHE_VARIABLE)
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "esper"
 
 
 def locate(path: str) -> Path:
