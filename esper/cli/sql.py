@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from esper.cli.output import Format, choose_format, note, note_verdict, write_table
-from esper.leyline.errors import SpecError
+from esper.leyline.errors import SpecError, nearest
 
 if TYPE_CHECKING:
     from esper.karn.sql_session import SqlSession
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
     from esper.karn.versions import Version
 
 PIPED = "-"
+_OPTIONS = ("--dataset", "--store", "--query", "--list", "--format", "--output", "--timeout")
 _OPTION = re.compile(r"--?[a-z][a-z-]*$")
 
 
 def sql(
     statement: Annotated[str | None, Parameter(allow_leading_hyphen=True)] = None,
     /,
-    *,
+    *rest: Annotated[str, Parameter(allow_leading_hyphen=True, show=False)],
     dataset: str | None = None,
     store: str | None = None,
     query: str | None = None,
@@ -40,7 +42,8 @@ def sql(
     EXPLAIN is run, and nothing but the version's files can be read.
 
     Args:
-        statement: The SQL; `-`, or none where stdin is no terminal: the statements on stdin, one after the other.
+        statement: The SQL, quoted; `-`, or none where stdin is no terminal: the statements on stdin, one by one.
+        rest: Nothing: words beyond the statement are an error.
         dataset: NAME or NAME@n (default: the only dataset of the store, its latest version).
         store: Folder of the datasets (default: $ESPER_STORE, else datasets/local).
         query: Name of a saved query, or a .sql file, instead of a statement.
@@ -54,8 +57,7 @@ def sql(
     if list_queries:
         _list(saved_queries(), choose_format(format, output), output)
         return
-    if statement is not None and _OPTION.match(statement):
-        raise SpecError(f"unknown option {statement}\n  `esper sql --help` lists the options")
+    _check_words([word for word in (statement, *rest) if word is not None])
     if statement is not None and query is not None:
         raise SpecError("a statement and --query exclude each other\n  expected: one of them")
     if timeout <= 0:
@@ -117,6 +119,17 @@ def check_output(version: Version, output: Path | None) -> None:
             f"--output {output} {'is a file of' if linked else 'lies in'} the store at {version.root.parent}\n"
             "  expected: a file elsewhere; what is sealed is never written over"
         )
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raise SpecError where an option is misspelt, or the statement is not one word of the shell."""
+    for word in words:
+        if _OPTION.match(word):
+            close = nearest(word, _OPTIONS)
+            hint = f"; did you mean {close}?" if close else ""
+            raise SpecError(f"unknown option {word}{hint}\n  `esper sql --help` lists the options")
+    if len(words) > 1:
+        raise SpecError(f'{len(words)} words where one statement is expected\n  quote it: esper sql "SELECT 1"')
 
 
 def _list(queries: dict[str, str], form: Format, output: Path | None) -> None:

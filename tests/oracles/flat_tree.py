@@ -8,6 +8,7 @@ output, the joint logsumexp that of n numbers, log pi(a | s) a softmax over n nu
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -78,7 +79,8 @@ class Standardiser(nn.Module):
         self.register_buffer("mean", torch.zeros(num_inputs))
         self.register_buffer("sd", torch.ones(num_inputs))
 
-    def fit(self, obs_NV: Tensor) -> None:
+    def fit_blocks(self, blocks: Iterable[Tensor]) -> None:
+        obs_NV = torch.cat([*blocks])
         self.mean.copy_(obs_NV.mean(dim=0))
         self.sd.copy_(obs_NV.std(dim=0, correction=0))
 

@@ -12,6 +12,7 @@ from factories import Tables, synthetic_tables
 from esper.karn.store import Version, open_store
 from esper.leyline.actions import Op, slot_slice, unpack_mask
 from esper.leyline.errors import HealthError
+from esper.leyline.library import load_reward_of
 from esper.leyline.matrix import MatrixSpec
 from esper.leyline.plans import expand
 from esper.leyline.verdict import CheckResult, Level, Verdict
@@ -31,7 +32,9 @@ def sealed(folder: Path, **changes: object) -> Version:
 def stored(folder: Path, tables: Tables) -> Version:
     dataset = open_store(folder).dataset("thin")
     dataset.commit(tables)
-    return dataset.seal(matrix_id="m", provenance={"rewards": {"digits-gap": {"name": "digits-gap"}}})
+    return dataset.seal(
+        matrix_id="m", provenance={"rewards": {"digits-gap": load_reward_of("digits-gap").model_dump(mode="json")}}
+    )
 
 
 def result(name: str, value: float, level: Level, limit: float, environment: str = "all") -> CheckResult:
