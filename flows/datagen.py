@@ -213,7 +213,9 @@ def generate(
     refuse_mixture(context.dataset, skeleton=skeleton)
     tally = Tally(record_plan(context.dataset, matrix, plans, skeleton=skeleton), stored_outcomes(context.dataset))
     failed_before = tally.failed_ids()
-    todo = remaining(plans, tally.known_ids(failed=not retry_failed))
+    rest = remaining(plans, tally.known_ids(failed=not retry_failed))
+    # Replicate by replicate: what an interruption leaves behind covers every environment.
+    todo = sorted(rest, key=lambda plan: plan.replicate)
     if retry_failed:
         tally.forget(failed_before)
     work = _Work(context, request, tally, failed_before)

@@ -38,6 +38,22 @@ def test_every_planned_episode_is_stored_once_and_sealed(library):
     assert (generated.sealed, generated.version.ref) == (True, "tiny@1")
 
 
+def test_cohorts_run_replicate_by_replicate_so_that_an_interruption_leaves_something_of_every_environment(library):
+    root = library / "datasets"
+    (root / "environments" / "other.toml").write_text(tiny.ENVIRONMENT.format(name="other", horizon=5))
+    matrix = (root / "matrices" / "tiny.toml").read_text()
+    cell = matrix[matrix.index("[[cells]]") :].replace('environment = "tiny"', 'environment = "other"')
+    (root / "matrices" / "tiny.toml").write_text(matrix + cell)
+    ran = []
+
+    def engine(plan):
+        ran.append((plan.replicate, plan.environment.name))
+        return stand_in.synthetic(plan)
+
+    _generate(library, engine=engine)
+    assert ran == [(replicate, name) for replicate in range(3) for name in ("tiny", "other")]
+
+
 def test_the_same_command_again_runs_nothing_and_seals_nothing(library):
     first, again = _generate(library), _generate(library, engine=stand_in.raises_on_replicate_1)
     assert (again.new_episodes, again.sealed, again.version.ref) == (0, False, first.version.ref)
