@@ -29,7 +29,8 @@ START_S = 60.0
 class SqlSession:
     """Runs statements on one version, one at a time. A context manager; the process starts with the first statement.
 
-    What takes too long, grows too large or is interrupted ends the process, and the next statement starts another.
+    What takes too long, needs too much memory, has too large a result or is interrupted ends the process, and the next
+    statement starts another.
     """
 
     def __init__(
@@ -65,10 +66,7 @@ class SqlSession:
             pipe = self._open()
             deadline = time.monotonic() + self.timeout_s
             self._send(pipe, "run", sql)
-            first = self._receive(pipe, deadline)
-            if first[:1] == sql_worker.ERROR:
-                raise sql_worker.read_error(first)
-            schema = sql_worker.read_schema(first)
+            schema = sql_worker.read_schema(self._receive(pipe, deadline))
             batches = [sql_worker.read_batch(message) for message in self._rows(pipe, deadline)]
             return pa.Table.from_batches(batches, schema)
 
@@ -97,10 +95,7 @@ class SqlSession:
         with _EndingOnError(self):
             pipe = self._open()
             self._send(pipe, command, text)
-            answer = self._receive(pipe, time.monotonic() + self.timeout_s)
-            if answer[:1] == sql_worker.ERROR:
-                raise sql_worker.read_error(answer)
-            return json.loads(answer[1:])
+            return json.loads(self._receive(pipe, time.monotonic() + self.timeout_s)[1:])
 
     def _open(self) -> Connection:
         if self._pipe is not None:
@@ -117,11 +112,9 @@ class SqlSession:
         if not self._pipe.poll(START_S):
             self.close()
             raise QueryError(f"the process for queries did not start in {START_S:g} s\n  try again")
-        ready = self._receive(self._pipe, time.monotonic())
-        if ready[:1] == sql_worker.ERROR:
-            self.close()
-            raise sql_worker.read_error(ready)
-        return self._pipe
+        pipe = self._pipe
+        self._receive(pipe, time.monotonic())
+        return pipe
 
     def _send(self, pipe: Connection, command: str, text: str) -> None:
         try:
@@ -131,14 +124,20 @@ class SqlSession:
             raise self._ended() from None
 
     def _receive(self, pipe: Connection, deadline: float) -> bytes:
+        """Return the next message; raise what it says where it is an error."""
         if not pipe.poll(max(0.0, deadline - time.monotonic())):
             self.close()
             raise QueryError(too_slow(self.timeout_s))
         try:
-            return pipe.recv_bytes()
+            message = pipe.recv_bytes()
         except (EOFError, OSError):
             self.close()
             raise self._ended() from None
+        if message[:1] == sql_worker.LAST:
+            self.close()
+        if message[:1] in {sql_worker.ERROR, sql_worker.LAST}:
+            raise sql_worker.read_error(message)
+        return message
 
     def _ended(self) -> QueryError:
         return QueryError(f"the query's process ended; most likely {too_large(self.memory_bytes)}")
@@ -154,8 +153,6 @@ class SqlSession:
                     "  add a LIMIT, select fewer columns, or aggregate in SQL"
                 )
             yield message
-        if message[:1] == sql_worker.ERROR:
-            raise sql_worker.read_error(message)
 
 
 class _EndingOnError:

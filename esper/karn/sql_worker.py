@@ -21,8 +21,9 @@ from esper.leyline.errors import EsperError, IntegrityError, QueryError
 
 BATCH_ROWS = 20_000
 
-SCHEMA, BATCH, END, ERROR, ANSWER = b"s", b"b", b"e", b"x", b"a"
-"""First byte of a message to the parent: Arrow schema, record batch, end of rows, error, answer in JSON."""
+SCHEMA, BATCH, END, ERROR, LAST, ANSWER = b"s", b"b", b"e", b"x", b"l", b"a"
+"""First byte of a message to the parent: Arrow schema, record batch, end of rows, error, error with which the process
+ends, answer in JSON."""
 
 _ERRORS: dict[str, type[EsperError]] = {"IntegrityError": IntegrityError, "QueryError": QueryError}
 
@@ -39,10 +40,10 @@ def serve(pipe: Connection, sources: SqlSources, memory_bytes: int) -> None:
             connection = open_connection(sources)
         except duckdb.Error as error:
             kind: type[EsperError] = IntegrityError if is_damage(error) else QueryError
-            _send_error(pipe, kind(f"{sources.ref} cannot be opened: {str(error).splitlines()[0]}"))
+            _send_error(pipe, kind(f"{sources.ref} cannot be opened: {str(error).splitlines()[0]}"), LAST)
             return
         except QueryError as error:
-            _send_error(pipe, error)
+            _send_error(pipe, error, LAST)
             return
         pipe.send_bytes(END)
         while True:
@@ -52,8 +53,9 @@ def serve(pipe: Connection, sources: SqlSources, memory_bytes: int) -> None:
             except (IntegrityError, QueryError) as error:
                 _send_error(pipe, error)
             except (duckdb.OutOfMemoryException, MemoryError):  # Arrow's is one of Python's
-                _begin_again(connection)
-                _send_error(pipe, QueryError(too_large(memory_bytes)))
+                # What DuckDB took it does not give back, and the next statement would find no memory.
+                _send_error(pipe, QueryError(too_large(memory_bytes)), LAST)
+                return
             except (pa.ArrowException, RuntimeError) as error:
                 _begin_again(connection)
                 _send_error(pipe, QueryError(f"the query failed: {str(error).splitlines()[0]}"))
@@ -106,12 +108,12 @@ def _begin_again(connection: duckdb.DuckDBPyConnection) -> None:
     connection.execute("BEGIN TRANSACTION READ ONLY")
 
 
-def _send_error(pipe: Connection, error: EsperError) -> None:
-    pipe.send_bytes(ERROR + json.dumps([type(error).__name__, str(error)]).encode())
+def _send_error(pipe: Connection, error: EsperError, kind: bytes = ERROR) -> None:
+    pipe.send_bytes(kind + json.dumps([type(error).__name__, str(error)]).encode())
 
 
 def read_error(message: bytes) -> EsperError:
-    """Return the error in an ERROR message."""
+    """Return the error in an ERROR or LAST message."""
     name, text = json.loads(message[1:])
     return _ERRORS[name](text)
 

@@ -51,6 +51,15 @@ def test_what_needs_too_much_memory_is_refused_and_the_next_statement_works(sess
     assert works(session)
 
 
+def test_a_process_that_ran_out_of_memory_is_not_used_again(session):
+    session.run("SELECT 1")
+    before = session._process
+    with pytest.raises(QueryError, match="memory"):
+        session.run("SELECT list(a.range) FROM range(1000000) a, range(100000) b")
+    assert works(session)
+    assert session._process is not before
+
+
 def test_a_result_that_is_too_large_is_refused(session):
     with pytest.raises(QueryError, match=r"result is larger than 0\.02 GB"):
         session.run("SELECT * FROM range(10000000000)")
