@@ -34,6 +34,7 @@ from flows.planning import (
     plan_matrix,
     remaining,
     slices,
+    slot_of_pool,
     under_numerics,
 )
 from flows.provenance import provenance
@@ -71,8 +72,10 @@ class DatagenRequest(RunOptions):
     def _fit_together(self) -> Self:
         if self.batch_size is not None and self.pool is None:
             raise ValueError("batch_size is of a work pool; name it with --pool, or leave --batch-size out")
-        if self.skeleton and (self.pool is not None or self.devices is not None):
-            raise ValueError("a skeleton trains nothing: leave --pool and --devices out")
+        if self.skeleton and any(given is not None for given in (self.pool, self.devices, self.max_lineages)):
+            raise ValueError("a skeleton trains nothing: leave --pool, --devices and --max-lineages out")
+        if self.pool is not None and self.devices is not None:
+            raise ValueError("the workers of a pool have devices of their own: leave --devices out, or --pool")
         return self
 
     def check(self) -> None:
@@ -88,7 +91,8 @@ class DatagenRequest(RunOptions):
     def plan(self) -> tuple[MatrixSpec, list[CohortPlan]]:
         """Return the matrix and its cohorts, under the numerics in which they will run."""
         matrix, plans = plan_matrix(self.matrix, self.selection)
-        return matrix, under_numerics(plans, self.devices, self.numerics)
+        slots = self.devices if self.pool is None else [slot_of_pool(self.pool, plans, self.numerics)]
+        return matrix, under_numerics(plans, slots, self.numerics)
 
 
 @dataclass(frozen=True)

@@ -68,10 +68,10 @@ def _served(
 
 
 def _given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that say something, on the devices of this worker's slot unless they are named."""
+    """The fields that say something, on the devices of this worker's slot unless they or a pool are named."""
     given = {key: value for key, value in fields.items() if value is not None}
     slot = os.environ.get(DEVICES_VARIABLE, "").split()
-    if slot and "devices" not in given:
+    if slot and not {"devices", "pool"} & given.keys():
         given = {**given, "devices": slot, "workers": None}
     return given
 

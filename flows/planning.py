@@ -22,6 +22,9 @@ from esper.leyline.specs import Numerics
 BESIDE_BEHAVIOURS = ("schedule-sampler", "trials")
 """What a selection of behaviours may name beside the behaviours themselves: a cell's explorers, and its trials."""
 
+GPU_POOL = "gpu"
+"""The work pool whose slots are GPUs."""
+
 
 class Selection(Spec):
     """A part of a matrix, or another number of its episodes; None leaves everything as it is.
@@ -200,6 +203,12 @@ def under_numerics(
         environment = plan.environment.model_copy(update={"numerics": wanted})
         fitted.append(plan if wanted == declared else plan.model_copy(update={"environment": environment}))
     return fitted
+
+
+def slot_of_pool(pool: str, plans: Sequence[CohortPlan], numerics: Numerics | None) -> str:
+    """Return a slot of the kind that a pool's workers fill: a GPU in pool `gpu`, else what the numerics ask for."""
+    stated = numerics or (plans[0].environment.numerics if plans else "cpu-fp32")
+    return "cuda:0" if pool == GPU_POOL or stated.startswith("cuda") else "cpu"
 
 
 def slices(plan: CohortPlan, max_lineages: int | None) -> list[CohortPlan]:

@@ -82,8 +82,27 @@ def datagen(
 
     where = _one_of(store, output_dir)
     if health_check:
-        _refuse_beside_check({"--dry-run": dry_run, "--skeleton": skeleton, "--retry-failed": retry_failed})
-        _check_newest(matrix, dataset, where, no_health=no_health, run_name=run_name)
+        _refuse_beside_check(
+            {
+                "--no-health": no_health,
+                "--dry-run": dry_run,
+                "--memory": memory,
+                "--skeleton": skeleton,
+                "--retry-failed": retry_failed,
+                "--workers": workers,
+                "--devices": devices,
+                "--numerics": numerics,
+                "--max-lineages": max_lineages,
+                "--pool": pool,
+                "--batch-size": batch_size,
+                "--env-ids": env_ids,
+                "--policy-ids": policy_ids,
+                "--epsilons": epsilons,
+                "--episodes-per-combo": episodes_per_combo,
+                "--max-epochs": max_epochs,
+            }
+        )
+        _check_newest(matrix, dataset, where, run_name)
         return
     if memory and not dry_run:
         raise SpecError("--memory is printed by --dry-run\n  add --dry-run, or leave --memory out")
@@ -106,6 +125,8 @@ def datagen(
         },
         "esper datagen",
     )
+    if pool is not None:
+        _refuse_beside_pool(pool, workers=workers, no_prefect=no_prefect)
     if dry_run:
         _preview(request, memory=memory)
         return
@@ -161,18 +182,24 @@ def _preview(request: DatagenRequest, *, memory: bool) -> None:
     print("nothing was run; the same command without --dry-run runs it")
 
 
-def _refuse_beside_check(given: dict[str, bool]) -> None:
+def _refuse_beside_pool(pool: str, *, workers: int | None, no_prefect: bool) -> None:
+    if no_prefect:
+        raise SpecError(f"--pool {pool} needs Prefect\n  leave --no-prefect out, and start `esper serve` first")
+    if workers is not None:
+        raise SpecError(
+            f"--workers {workers} are processes of this machine, and the workers of pool {pool} run the cohorts\n"
+            "  give one of them; `esper serve` says how many workers a machine has"
+        )
+
+
+def _refuse_beside_check(given: dict[str, object]) -> None:
     for name, value in given.items():
-        if value:
-            raise SpecError(f"--health-check checks what is there, and {name} is about what is not\n  give one of them")
+        if value is not None and value is not False:
+            raise SpecError(f"--health-check checks what is there, and {name} is about a run\n  give one of them")
 
 
-def _check_newest(
-    matrix: str | None, dataset: str | None, store: str | None, *, no_health: bool, run_name: str | None
-) -> None:
+def _check_newest(matrix: str | None, dataset: str | None, store: str | None, run_name: str | None) -> None:
     """Check the newest version of a dataset, as `esper health` does."""
-    if no_health:
-        raise SpecError("--health-check and --no-health exclude each other\n  give one of them")
     if dataset is None:
         from esper.leyline.library import load
         from esper.leyline.matrix import MatrixSpec

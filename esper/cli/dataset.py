@@ -165,15 +165,16 @@ def _facts(version: Version) -> list[tuple[str, str]]:
 
 
 def _progress(of: Dataset, *, whole: bool) -> None:
-    """What is done of the newest plan on record: every cell, or those where something is missing or failed."""
-    from esper.karn.progress_table import progress, progress_line
+    """What is done of the newest plan on record: every cell, or those that lack something, or the environments."""
+    from esper.karn.progress_table import progress, progress_line, summed
 
     table = progress(of)
     if not table.num_rows:
         return
-    rows = [list(row.values()) for row in table.to_pylist() if whole or row["failed"] or row["remaining"]]
-    if rows:
-        print(rich_table(table.column_names, rows, title="plan on record"), end="")
+    lacking = [list(row.values()) for row in table.to_pylist() if whole or row["failed"] or row["remaining"]]
+    shown = table if lacking else summed(table, ["environment"])
+    rows = lacking or [list(row.values()) for row in shown.to_pylist()]
+    print(rich_table(shown.column_names, rows, title="plan on record"), end="")
     note(f"plan on record: {progress_line(table)}")
 
 

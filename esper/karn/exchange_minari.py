@@ -92,7 +92,7 @@ def _new_storage(folder: Path, width: int, num_actions: int) -> Any:
         raise DataError(f"Minari cannot be imported: {error}\n  install it: pip install 'esper[export]'") from None
     folder.mkdir(parents=True)
     return MinariStorage.new(
-        folder,
+        folder.absolute(),  # Minari joins a relative one to itself
         observation_space=spaces.Box(-np.inf, np.inf, (width,), np.float32),
         action_space=spaces.Discrete(num_actions),
         data_format="hdf5",

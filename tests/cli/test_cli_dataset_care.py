@@ -207,6 +207,13 @@ def test_show_prints_the_progress_of_the_plan_and_works_before_the_first_seal(ru
     assert "not sealed yet" in err
     assert "1 of 2 episodes done" in err
     assert "never-act" in out
+    fresh.seal(matrix_id="abc", provenance={})
+    whole = cell.model_copy(update={"planned": 1, "episode_ids": ids[:1]})
+    fresh.place.write_over("plans/abc.json", plan.model_copy(update={"cells": (whole,)}).model_dump_json())
+    code, out, err = run("show", "fresh")
+    lines = [line.split() for line in out.partition("plan on record")[2].splitlines()]
+    assert ["digits-gap", "1", "1", "0", "0"] in lines
+    assert "1 of 1 episodes done" in err
 
 
 @pytest.mark.parametrize(

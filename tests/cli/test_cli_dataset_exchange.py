@@ -50,11 +50,12 @@ def test_a_version_goes_from_one_store_to_another(run, store, tmp_path):
     assert (code, out.split()[0]) == (0, "again@1")
 
 
-@pytest.mark.parametrize("kind", ["parquet", "minari"])
-def test_the_other_formats_are_written_and_never_over_another(run, tmp_path, kind):
-    assert run("export", "demo@1", "--as", kind, "--to", tmp_path / "out")[0] == 0
+@pytest.mark.parametrize("kind", ["parquet", "minari", "archive", "d3rlpy"])
+def test_the_other_formats_are_written_and_never_over_another(run, tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    assert run("export", "demo@1", "--as", kind, "--to", "out")[0] == 0
     assert any(path.is_file() for path in (tmp_path / "out").rglob("*"))
-    code, _, err = run("export", "demo@1", "--as", kind, "--to", tmp_path / "out")
+    code, _, err = run("export", "demo@1", "--as", kind, "--to", "out")
     assert code == 2
     assert "there already" in err
 

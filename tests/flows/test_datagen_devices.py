@@ -73,6 +73,20 @@ def test_on_gpus_the_environments_run_under_cuda_fp32_unless_told_otherwise(libr
         under_numerics(declared, None)
 
 
+def test_the_workers_of_a_pool_decide_the_numerics_and_those_of_pool_gpu_are_gpus(library):
+    def numerics(**changes):
+        _, plans = DatagenRequest(matrix="tiny", **changes).plan()
+        return {plan.environment.numerics for plan in plans}
+
+    assert numerics(pool="cpu") == numerics(pool="a100") == {"cpu-fp32"}
+    assert numerics(pool="gpu") == {"cuda-fp32"}
+    assert numerics(pool="gpu", numerics="cuda-bf16") == numerics(pool="a100", numerics="cuda-bf16") == {"cuda-bf16"}
+    with pytest.raises(SpecError, match="'cpu-fp32' cannot run on cuda:0"):
+        numerics(pool="gpu", numerics="cpu-fp32")
+    with pytest.raises(SpecError, match="devices of their own"):
+        DatagenRequest.parse({"matrix": "tiny", "pool": "gpu", "devices": ("cuda:0",)})
+
+
 def test_runs_on_gpus_are_paired_with_those_on_the_cpu_and_have_ids_of_their_own(library):
     _, plans = plan_matrix("tiny")
     for here, there in zip(plans, under_numerics(plans, ["cuda:0"]), strict=True):

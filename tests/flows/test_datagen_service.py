@@ -82,8 +82,11 @@ def test_what_a_selection_of_behaviours_may_name_has_explorers_and_trials_in_it(
         (["--matrix", "tiny", "--skeleton", "--pool", "cpu"], "trains nothing"),
         (["--matrix", "tiny", "--memory"], "--dry-run"),
         (["--matrix", "tiny", "--episodes-per-combo", "0"], "episodes_per_combo"),
-        (["--health-check", "--matrix", "tiny", "--no-health"], "exclude each other"),
+        (["--health-check", "--matrix", "tiny", "--no-health"], "and --no-health is about a run"),
         (["--health-check", "--matrix", "tiny", "--retry-failed"], "--retry-failed"),
+        (["--health-check", "--matrix", "tiny"], "--workers"),
+        (["--matrix", "tiny", "--skeleton", "--max-lineages", "3"], "--max-lineages"),
+        (["--matrix", "tiny", "--pool", "cpu"], "leave --no-prefect out"),
         ([], "expected: --matrix"),
     ],
 )
