@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,27 +19,15 @@ def print_comparison(evaluation: Evaluation) -> None:
 
     console = Console(width=max(150, shutil.get_terminal_size((170, 40)).columns), highlight=False)
 
-    def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        console.print(escape(title), soft_wrap=True)
-        table = Table(padding=(0, 1))
-        for heading in headings:
-            table.add_column(escape(heading), justify="left" if heading == headings[0] else "right")
-        for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
-        console.print(table)
-
     for environment in tables.environments(evaluation):
-        grouped = {name for found in tables.algorithms_of(evaluation, environment) for name in found.policies}
-        arms = tables.arms_of(evaluation, environment)
-        rows = [row for arm, row in zip(arms, tables.full_table(evaluation, environment)) if arm.arm not in grouped]
-        show(tables.title(evaluation, environment), tables.headings(evaluation, environment), rows)
-        if grouped:
-            pooled = tables.algorithm_table(evaluation, environment)
-            show(tables.algorithm_title(evaluation, environment), tables.POOLED_HEADINGS, pooled)
-        if environment in evaluation.families:
-            told = f"{environment}: mean return by member (difference to best-fixed)"
-            members = tables.member_table(evaluation, environment)
-            show(told, tables.member_headings(evaluation, environment), members)
+        for found in tables.tables_of(evaluation, environment):
+            console.print(escape(found.title), soft_wrap=True)
+            table = Table(padding=(0, 1))
+            for heading in found.headings:
+                table.add_column(escape(heading), justify="left" if heading == found.headings[0] else "right")
+            for row in found.rows:
+                table.add_row(*(escape(cell) for cell in row))
+            console.print(table)
         for line in tables.findings(evaluation, environment):
             console.print(f"  {escape(line)}", soft_wrap=True)
         console.print()

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from esper.karn.comparison_table import (
-    POOLED_HEADINGS,
-    algorithm_table,
-    algorithm_title,
-    algorithms_of,
-    environments,
-    findings,
-    full_table,
-    headings,
-    member_headings,
-    member_table,
-    number,
-    title,
-)
+from esper.karn.comparison_table import environments, findings, number, tables_of
 from esper.leyline.comparison import Evaluation, Interval, PolicySelection
 
 
 def comparison_page(evaluation: Evaluation) -> str:
-    """Return the page of an evaluation: per environment its algorithms, its arms, its members and the findings."""
+    """Return the page of an evaluation: per environment its arms, algorithms and members, and the findings."""
     verdict = "never checked" if evaluation.verdict is None else evaluation.verdict.value
     parts = [
         f"# Policies from {evaluation.dataset}@{evaluation.version} against every control",
         f"Offline RL verdict of the data: {verdict}. Evaluated {evaluation.created_at}. Returns are in units of the "
         "reward's scale, gains in points of test accuracy; differences are paired by environment seed. A mean stands "
-        "above the ends of its 95 % interval.",
+        "above the ends of its 95 % interval. Policies of one algorithm are one row; all are in `evaluation.json`.",
     ]
     for environment in environments(evaluation):
         parts += _environment(evaluation, environment)
@@ -63,16 +50,8 @@ def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _environment(evaluation: Evaluation, environment: str) -> list[str]:
     parts = [f"## {environment}"]
-    if algorithms_of(evaluation, environment):
-        parts += [
-            f"{algorithm_title(evaluation, environment)}.",
-            markdown_table(POOLED_HEADINGS, algorithm_table(evaluation, environment)),
-        ]
-    rows = full_table(evaluation, environment)
-    parts += [f"{title(evaluation, environment)}.", markdown_table(headings(evaluation, environment), rows)]
-    if environment in evaluation.families:
-        members = markdown_table(member_headings(evaluation, environment), member_table(evaluation, environment))
-        parts += ["Mean return by member, and in brackets the difference to the best fixed schedule:", members]
+    for table in tables_of(evaluation, environment):
+        parts += [f"{table.title}.", markdown_table(table.headings, table.rows)]
     told = findings(evaluation, environment)
     return [*parts, "\n".join(f"- {line}" for line in told)] if told else parts
 

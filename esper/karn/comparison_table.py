@@ -1,8 +1,9 @@
-"""The comparison as rows of text: the terminal and the report show the same numbers in the same words."""
+"""The comparison as tables of text: the terminal, the page and the report show the same numbers in the same words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from esper.leyline.comparison import AlgorithmResult, ArmResult, Evaluation, Interval
 
@@ -41,6 +42,34 @@ POOLED_HEADINGS = (
     "size, GFLOP",
 )
 """Headings of the table of algorithms; never-act's return is 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A table of text. A cell may have several lines; the first column is what a row is about."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[list[str]]
+
+
+def tables_of(evaluation: Evaluation, environment: str) -> list[TextTable]:
+    """Return the tables of one environment: arms, then algorithms and members where there are any.
+
+    The policies of an algorithm with several controller seeds stand as that algorithm alone.
+    """
+    known = arms_of(evaluation, environment)
+    single = {arm.arm for arm in single_arms_of(evaluation, environment)}
+    rows = [row for arm, row in zip(known, full_table(evaluation, environment)) if arm.arm in single]
+    found = [TextTable(title(evaluation, environment), headings(evaluation, environment), rows)]
+    if algorithms_of(evaluation, environment):
+        name, pooled = algorithm_title(evaluation, environment), algorithm_table(evaluation, environment)
+        found.append(TextTable(name, POOLED_HEADINGS, pooled))
+    if environment in evaluation.families:
+        name = f"{environment}: mean return by member, and in brackets the difference to the best fixed schedule"
+        members = member_table(evaluation, environment)
+        found.append(TextTable(name, member_headings(evaluation, environment), members))
+    return found
 
 
 def headings(evaluation: Evaluation, environment: str) -> tuple[str, ...]:
@@ -105,6 +134,24 @@ def arms_of(evaluation: Evaluation, environment: str) -> list[ArmResult]:
     return [arm for arm in evaluation.arms if arm.environment == environment]
 
 
+def single_arms_of(evaluation: Evaluation, environment: str) -> list[ArmResult]:
+    """Return the arms that are not policies of an algorithm with several controller seeds."""
+    grouped = {name for found in algorithms_of(evaluation, environment) for name in found.policies}
+    return [arm for arm in arms_of(evaluation, environment) if arm.arm not in grouped]
+
+
+def drawn_arms_of(evaluation: Evaluation, environment: str) -> list[ArmResult]:
+    """Return what figures show: single arms, and each algorithm with several controller seeds as one arm."""
+    arms = {arm.arm: arm for arm in arms_of(evaluation, environment)}
+    pooled = []
+    for found in algorithms_of(evaluation, environment):
+        params = [arms[name].seed_params for name in found.policies]
+        shared = {name: getattr(found, name) for name in type(found).model_fields if name in ArmResult.model_fields}
+        name = f"{found.algorithm} ×{len(params)}"
+        pooled.append(ArmResult(**shared, arm=name, group="learned", seed_params=sum(params) / len(params)))
+    return [*single_arms_of(evaluation, environment), *pooled]
+
+
 def comparison_table(evaluation: Evaluation, environment: str) -> list[list[str]]:
     """Return one row of text per arm of an environment, in the order of HEADINGS.
 
@@ -161,8 +208,7 @@ def findings(evaluation: Evaluation, environment: str) -> list[str]:
     An algorithm with several controller seeds has one sentence for all of them.
     """
     results = algorithms_of(evaluation, environment)
-    grouped = {name for result in results for name in result.policies}
-    single = [arm for arm in arms_of(evaluation, environment) if arm.group == "learned" and arm.arm not in grouped]
+    single = [arm for arm in single_arms_of(evaluation, environment) if arm.group == "learned"]
     pooled = [_finding(f"{found.algorithm} ({len(found.policies)} seeds)", found.return_over) for found in results]
     return [*pooled, *(_finding(arm.arm, arm.return_over) for arm in single)]
 

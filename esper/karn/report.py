@@ -31,11 +31,10 @@ class Picture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One environment's part of the evaluation."""
+    """One environment's part of the evaluation; `groups` says what the arms of the first table are."""
 
     environment: str
-    title: str
-    rows: list[list[list[str]]]
+    tables: list[tables.TextTable]
     groups: list[str]
     findings: list[str]
     pictures: list[Picture]
@@ -85,7 +84,6 @@ def render(version: Version, evaluation: Evaluation | None, telemetry: data.Tele
             _shares_picture(environment, shares) for environment, shares in data.read_action_shares(version).items()
         ],
         "evaluation": evaluation,
-        "headings": tables.HEADINGS,
         "comparisons": [] if evaluation is None else _comparisons(version, evaluation),
         "controls": [] if evaluation is None else [_control_row(control) for control in evaluation.controls],
         "failed_controls": () if evaluation is None else evaluation.failed_controls,
@@ -152,15 +150,13 @@ def _control_row(control: ControlResult) -> dict[str, str]:
 def _comparisons(version: Version, evaluation: Evaluation) -> list[Comparison]:
     found = []
     for environment in tables.environments(evaluation):
-        arms = tables.arms_of(evaluation, environment)
-        rows = tables.comparison_table(evaluation, environment)
+        arms = tables.drawn_arms_of(evaluation, environment)
         best = next((best for best in evaluation.best_fixed if best.environment == environment), None)
         found.append(
             Comparison(
                 environment=environment,
-                title=tables.title(evaluation, environment),
-                rows=[[cell.split("\n") for cell in row] for row in rows],
-                groups=[arm.group for arm in arms],
+                tables=tables.tables_of(evaluation, environment),
+                groups=[arm.group for arm in tables.single_arms_of(evaluation, environment)],
                 findings=[*_control_findings(arms, best), *tables.findings(evaluation, environment)],
                 pictures=_comparison_pictures(environment, arms, _rent_points(version, environment)),
             )

@@ -1,6 +1,7 @@
 """The tables of algorithms and members, and the page of an evaluation."""
 
 import pytest
+from factories import synthetic_tables
 from test_report import evaluation, interval
 
 from esper.karn.comparison_page import comparison_page, markdown_table
@@ -9,6 +10,7 @@ from esper.karn.comparison_table import (
     POOLED_HEADINGS,
     algorithm_table,
     algorithm_title,
+    drawn_arms_of,
     findings,
     full_table,
     headings,
@@ -17,6 +19,8 @@ from esper.karn.comparison_table import (
     row_names,
     title,
 )
+from esper.karn.report import build_report
+from esper.karn.store import open_store
 from esper.leyline.comparison import AlgorithmResult, BanditResult
 
 FAMILY, MEMBERS = "digits-mix", ("digits-mix-a", "digits-mix-b")
@@ -116,9 +120,30 @@ def test_the_title_names_members_and_the_bandit(mixed):
 def test_the_page_holds_every_table(mixed):
     page = comparison_page(mixed)
     assert page.count("\n| ---") == 4
+    assert "| ppo |" not in page  # a policy of an algorithm with several seeds
     assert "| iql ×2<br>1 diverged |" in page
     assert "- iql (2 seeds)" in page
     assert "passed" in page
+
+
+def test_figures_show_an_algorithm_as_one_arm(mixed):
+    drawn = {arm.arm: arm for arm in drawn_arms_of(mixed, FAMILY)}
+    assert list(drawn)[-2:] == ["bc", "iql ×2"]
+    parts = [arm.seed_params for arm in mixed.arms if arm.environment == FAMILY and arm.arm in {"iql", "ppo"}]
+    assert drawn["iql ×2"].seed_params == sum(parts) / 2
+    assert drawn["iql ×2"].return_over["best-fixed"] == mixed.algorithms[0].return_over["best-fixed"]
+
+
+def test_the_report_has_the_algorithms_and_the_members_and_no_single_policy_of_an_algorithm(mixed, tmp_path):
+    dataset = open_store(tmp_path).dataset("demo")
+    dataset.commit(synthetic_tables(num_env_seeds=1))
+    version = dataset.seal(matrix_id="m", provenance={})
+    html = build_report(version, evaluation=mixed, events=tmp_path, out=tmp_path / "r.html").read_text()
+    assert html.count("<th>iql ×2") == 1
+    assert "<th>ppo" not in html
+    assert html.count("<th>iql</th>") == 1  # a row of the table of members
+    assert "2 controller seeds on 20" in html
+    assert "mean return by member" in html
 
 
 def test_cells_of_markdown_keep_their_lines_and_bars():
@@ -131,6 +156,6 @@ def test_the_terminal_shows_an_algorithm_once_and_the_members(mixed, capsys):
     print_comparison(mixed)
     said = capsys.readouterr().out
     assert "iql ×2" in said
-    assert "mean return by member (difference to best-fixed)" in said
+    assert "mean return by member, and in brackets the difference to the best fixed schedule" in said
     assert "│ ppo" not in said
     assert "│ bc" in said
