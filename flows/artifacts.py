@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from esper.karn.comparison_page import comparison_page
 from esper.leyline.comparison import Evaluation
 from esper.leyline.secrets import mask
 
+_LOG = logging.getLogger(__name__)
 _NOT_IN_KEYS = re.compile(r"[^a-z0-9-]+")
 
 
@@ -19,10 +21,15 @@ def artifact_key(*parts: object) -> str:
 
 
 def publish(key: str, markdown: str, description: str) -> None:
-    """Show a text on the page of the current flow run."""
+    """Show a text on the page of the current flow run; a server that does not answer costs a line in the log."""
+    import httpx
     from prefect.artifacts import create_markdown_artifact
+    from prefect.exceptions import PrefectException
 
-    create_markdown_artifact(markdown=mask(markdown), key=key, description=mask(description))
+    try:
+        create_markdown_artifact(markdown=mask(markdown), key=key, description=mask(description))
+    except (PrefectException, httpx.HTTPError) as error:
+        _LOG.warning("%s is not shown by Prefect: %s", description, mask(str(error)))
 
 
 def publish_comparison(evaluation: Evaluation, page: Path) -> None:

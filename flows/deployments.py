@@ -18,7 +18,6 @@ from esper.karn.verdict_text import levels
 from esper.karn.versions import Version
 from esper.leyline.schedules import ServedFlow
 from flows import health as health_flow
-from flows.artifacts import publish_comparison, publish_places
 from flows.datagen import DatagenRequest, run_datagen
 from flows.evaluation import RESULT as COMPARISON
 from flows.evaluation import EvaluateRequest, run_evaluation
@@ -116,7 +115,6 @@ def health(dataset: str, store: str | None = None, once: bool = False, run_name:
         {"dataset": version.ref, "store": store, "workers": 0, "run_name": run_name}, "health"
     )
     checked = health_flow.run_health(request, PrefectOrchestrator(1))
-    publish_places(version.ref, {"health page": checked.page, "Data Docs": checked.docs / "index.html"})
     return {"version": version.ref, **levels(checked.verdict)}
 
 
@@ -172,7 +170,6 @@ def evaluate(
 def _evaluate(request: EvaluateRequest) -> Answer:
     evaluation, path = run_evaluation(request, PrefectOrchestrator(request.workers))
     page = path.with_suffix(".md")
-    publish_comparison(evaluation, page)
     failed = [f"{item.environment}: {item.name}" for item in evaluation.failed_controls]
     return {"version": f"{evaluation.dataset}@{evaluation.version}", "comparison": str(page), "failed_controls": failed}
 
@@ -191,7 +188,7 @@ def train_and_evaluate(
     run_name: str | None = None,
     once: bool = False,
 ) -> Answer:
-    """Train on a version and compare what came of it with every control, in one run's folder."""
+    """Train on a version, compare what came of it with every control, and report, in one run's folder."""
     version = open_store(store).resolve(dataset)
     run_name = run_name or (_run_name(version) if once else None)
     if once and _is_there(version, run_name, COMPARISON):
@@ -204,7 +201,11 @@ def train_and_evaluate(
         "pipeline": pipeline,
         "run_name": trained["run"],
     }
-    return {**trained, **_evaluate(EvaluateRequest.parse(compared, "evaluate"))}
+    from flows.report import ReportRequest, run_report  # draws with matplotlib
+
+    answer = {**trained, **_evaluate(EvaluateRequest.parse(compared, "evaluate"))}
+    wanted = ReportRequest(dataset=version.ref, store=store, run_name=trained["run"])
+    return {**answer, "report": str(run_report(wanted, PrefectOrchestrator(1)))}
 
 
 @_served("cohorts", retries=0, run_name=None)

@@ -8,11 +8,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 PATIENCE_S = 9.0
 """Less than the ten seconds after which containers are killed."""
+
+ECHO_S = 0.5
+"""Signals so close together are one: `timeout` and service managers tell a process and its group."""
 
 INTERRUPTED = 130
 _PR_SET_PDEATHSIG = 1
@@ -31,12 +35,15 @@ class _Ending:
 
     def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
-        self._asked = threading.Event()
+        self._asked_at: float | None = None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self._asked.is_set():
-            self._end("told twice to end")
-        self._asked.set()
+        now = time.monotonic()
+        if self._asked_at is not None:
+            if now - self._asked_at > ECHO_S:
+                self._end("told twice to end")
+            return
+        self._asked_at = now
         timer = threading.Timer(self._patience_s, self._end, [f"did not end within {self._patience_s:.0f} s"])
         timer.daemon = True
         timer.start()

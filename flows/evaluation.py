@@ -18,9 +18,10 @@ from esper.leyline.library import load, load_environments
 from esper.leyline.pipelines import ControlBounds, EvaluationCell, PipelineSpec
 from esper.leyline.rewards import RewardSpec
 from esper.leyline.verdict import Use
+from flows.artifacts import publish_comparison
 from flows.checkpoints import named_policies
 from flows.context import Context, RunOptions, open_context
-from flows.orchestration import Orchestrator
+from flows.orchestration import Orchestrator, under_prefect
 from flows.stored_runs import StoredRuns
 from flows.versions import refuse_skeleton
 
@@ -89,6 +90,8 @@ def evaluate_policies(
     )
     write_result(context.folder / RESULT, json.dumps(evaluation.model_dump(mode="json"), indent=1) + "\n")
     write_result(context.folder / PAGE, comparison_page(evaluation))
+    if under_prefect(context.orchestrator):
+        publish_comparison(evaluation, context.folder / PAGE)
     context.events.emit(EventKind.EVALUATED, {"arms": len(evaluation.arms), "wall_s": evaluation.wall_s})
     return evaluation
 

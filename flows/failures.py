@@ -11,6 +11,7 @@ from esper.leyline.identity import ENGINE_VERSION, EpisodeIdentity
 from esper.leyline.keys import hex_digest
 from esper.leyline.matrix import CohortPlan, PlannedEpisode
 from esper.leyline.schema import SCHEMAS
+from esper.leyline.secrets import mask
 from esper.tolaria.workers import WorkerDiedError
 
 MAX_TRIES = 3
@@ -56,7 +57,11 @@ def failed_tables(plan: CohortPlan, error: Exception) -> dict[str, pa.Table]:
     from esper.tolaria.runtime import code_commit
 
     schema = uncommitted_schema("episodes")
-    common = {"error": str(error), "code_commit": code_commit(), "created_at": datetime.datetime.now(datetime.UTC)}
+    common = {
+        "error": mask(str(error)),
+        "code_commit": code_commit(),
+        "created_at": datetime.datetime.now(datetime.UTC),
+    }
     rows = [_row(plan, episode, plan.identity(episode)) | common for episode in plan.episodes]
     rows += [_row(plan, branch.then, plan.branch_identity(branch)) | common for branch in plan.branches]
     return {

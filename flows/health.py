@@ -11,11 +11,11 @@ from esper.karn.versions import Version
 from esper.leyline.errors import HealthError
 from esper.leyline.events import EventKind
 from esper.leyline.verdict import Level, Use, Verdict
-from flows.artifacts import artifact_key, publish
+from flows.artifacts import artifact_key, publish, publish_places
 from flows.automations import announce_verdict
 from flows.context import Context, RunOptions, open_context
 from flows.notify import notify_blocked
-from flows.orchestration import LocalOrchestrator, Orchestrator
+from flows.orchestration import Orchestrator, under_prefect
 from flows.versions import rewards_of
 
 
@@ -51,7 +51,8 @@ def run_health(request: HealthRequest, orchestrator: Orchestrator) -> Checked:
 def check_health(context: Context, version: Version) -> Checked:
     """Check a version and store the verdict; Data Docs and page lie under `health` in the run's folder.
 
-    Under Prefect the verdict is an artifact of the flow run. Where it blocks a use, the webhook is told.
+    Under Prefect the verdict and the places of its pages are artifacts of the flow run. Where it blocks a use, the
+    webhook is told.
     """
     from esper.karn.health_page import build_health_page  # draws with matplotlib
     from quality.checking import DOCS_INDEX, check  # seconds of imports that other flows do not need
@@ -74,10 +75,11 @@ def check_health(context: Context, version: Version) -> Checked:
     )
     context.events.emit(EventKind.HEALTH_CHECKED, {"version": version.ref, **told})
     context.progress.advance("health", ", ".join(f"{use} {level}" for use, level in told.items()))
-    under_prefect = not isinstance(context.orchestrator, LocalOrchestrator)
-    if under_prefect:
+    is_shown = under_prefect(context.orchestrator)
+    if is_shown:
         _publish(verdict, page)
-    notify_blocked(verdict, page, under_prefect=under_prefect)
+        publish_places(version.ref, {"health page": page, "Data Docs": docs / DOCS_INDEX})
+    notify_blocked(verdict, page, under_prefect=is_shown)
     return Checked(version, verdict, docs, page)
 
 

@@ -40,6 +40,11 @@ class Orchestrator(Protocol):
         ...
 
 
+def under_prefect(orchestrator: Orchestrator) -> bool:
+    """Whether there is a flow run on whose page something can be shown."""
+    return not isinstance(orchestrator, LocalOrchestrator)
+
+
 class LocalOrchestrator:
     """Carries out units on threads of this process, at most `concurrency` at once."""
 

@@ -26,6 +26,7 @@ from esper.karn.places import MissingFileError, Place
 from esper.karn.store import Dataset, open_store
 from esper.leyline.errors import EsperError, IntegrityError, SpecError, StoreError
 from esper.leyline.matrix import CohortPlan
+from esper.leyline.secrets import mask
 from esper.leyline.spec_base import Spec
 from flows.context import Context, cohort_name
 from flows.failures import MAX_TRIES, Tries
@@ -115,7 +116,8 @@ def _outcome(done: CohortDone | Exception, wall_s: float) -> Outcome:
     if isinstance(done, StoreError | IntegrityError):
         raise done
     if isinstance(done, Exception):
-        return Outcome(error=str(done) or type(done).__name__, trace="".join(getattr(done, "__notes__", [])))
+        trace = "".join(getattr(done, "__notes__", []))
+        return Outcome(error=mask(str(done)) or type(done).__name__, trace=mask(trace))
     return Outcome(done=asdict(done), wall_s=wall_s)
 
 

@@ -10,9 +10,10 @@ from esper.karn.store import open_store
 from esper.karn.versions import Version
 from esper.leyline.comparison import Evaluation
 from esper.leyline.errors import IntegrityError, unknown_name
+from flows.artifacts import publish_places
 from flows.context import Context, RunOptions
 from flows.evaluation import RESULT
-from flows.orchestration import Orchestrator
+from flows.orchestration import Orchestrator, under_prefect
 
 PAGE = "report.html"
 
@@ -28,8 +29,8 @@ class ReportRequest(RunOptions):
 
 
 def write_report(context: Context, version: Version, evaluation: Evaluation | None) -> Path:
-    """Write the report into the context's run folder and return its path."""
-    return build_report(version, evaluation=evaluation, events=context.folder, out=context.folder / PAGE)
+    """Write the report into the context's run folder and return its path; under Prefect the flow run names it."""
+    return _build(version, evaluation, context.folder, context.orchestrator)
 
 
 def run_report(request: ReportRequest, orchestrator: Orchestrator) -> Path:
@@ -38,9 +39,16 @@ def run_report(request: ReportRequest, orchestrator: Orchestrator) -> Path:
     folder = _run_folder(version.root / "runs", request.run_name)
 
     def build() -> Path:
-        return build_report(version, evaluation=_read_evaluation(folder / RESULT), events=folder, out=folder / PAGE)
+        return _build(version, _read_evaluation(folder / RESULT), folder, orchestrator)
 
     return orchestrator.stage("report", build)
+
+
+def _build(version: Version, evaluation: Evaluation | None, folder: Path, orchestrator: Orchestrator) -> Path:
+    page = build_report(version, evaluation=evaluation, events=folder, out=folder / PAGE)
+    if under_prefect(orchestrator):
+        publish_places(f"{version.ref} report", {"report": page})
+    return page
 
 
 def _run_folder(runs: Path, name: str | None) -> Path:

@@ -20,6 +20,7 @@ from esper.leyline.library import load
 from esper.leyline.schedules import SERVED_NAME, ServedFlow, ServedSpec, ServiceSpec
 from esper.leyline.secrets import mask
 from flows.homes import HOME, ServerError, healthy, held, holder_of, make_home, say_who_holds
+from flows.planning import GPU_POOL
 from flows.server import LOOPBACK, PrefectServer, running_server, using_server
 from flows.workers import WorkerPlan, Workers
 
@@ -67,13 +68,18 @@ class ServeOptions:
             )
         if self.workers < 0 or not 0 <= self.port < 65536:
             raise SpecError(f"--workers {self.workers} --port {self.port}\n  expected: 0 or more, and 0 to 65535")
+        if any(not device.startswith("cuda") for device in self.devices):
+            raise SpecError(
+                f"--devices {' '.join(self.devices)}, and pool {GPU_POOL} counts GPUs\n"
+                "  expected: cuda:0 or so; --workers says how many slots of pool cpu this machine fills"
+            )
         return load_service(self.config)
 
     def plans(self) -> list[WorkerPlan]:
         """Return the workers of this machine."""
         cpu = [WorkerPlan(name=f"cpu-{number}", pool="cpu") for number in range(1, self.workers + 1)]
         gpu = [
-            WorkerPlan(name=f"gpu-{number}", pool="gpu", devices=(device,))
+            WorkerPlan(name=f"gpu-{number}", pool=GPU_POOL, devices=(device,))
             for number, device in enumerate(self.devices, 1)
         ]
         return [*cpu, *gpu]
@@ -96,6 +102,15 @@ class WorkerOptions:
     limit: int = 1
     devices: tuple[str, ...] = ()
     credentials_block: str | None = None
+
+    def check(self) -> None:
+        """Raise SpecError where something is wrong, before anything is started."""
+        if not re.fullmatch(SERVED_NAME, self.pool):
+            raise SpecError(f"pool {self.pool!r}\n  expected: 1 to 40 of a-z, 0-9 and '-'")
+        if self.limit < 1:
+            raise SpecError(f"--limit {self.limit}\n  expected: 1 or more runs at once")
+        if self.pool == GPU_POOL and not any(device.startswith("cuda") for device in self.devices):
+            raise SpecError(f"--pool {GPU_POOL} without a GPU\n  expected: --devices cuda:0, one slot for each name")
 
     def plans(self) -> list[WorkerPlan]:
         """Return the workers; names tell this machine's from others."""
@@ -336,8 +351,7 @@ def working(options: WorkerOptions, tell: Callable[[str], None]) -> Iterator[Wor
         SpecError: The pool's name is wrong, or the server has no such pool.
         ServerError: The server does not answer.
     """
-    if not re.fullmatch(SERVED_NAME, options.pool):
-        raise SpecError(f"pool {options.pool!r}\n  expected: 1 to 40 of a-z, 0-9 and '-'")
+    options.check()
     if not healthy(options.api):
         raise ServerError(
             f"no Prefect server answers at {mask(options.api)}\n"

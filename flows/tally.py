@@ -12,7 +12,7 @@ import pyarrow as pa
 from esper.karn.progress_table import PlanOnRecord, progress_of
 from esper.leyline.matrix import CohortPlan
 from flows.context import Context
-from flows.orchestration import LocalOrchestrator
+from flows.orchestration import under_prefect
 
 ARTIFACT_EVERY_S = 60.0
 
@@ -57,7 +57,7 @@ class Shown:
     def __init__(self, context: Context, tally: Tally) -> None:
         self._context = context
         self._tally = tally
-        self._under_prefect = not isinstance(context.orchestrator, LocalOrchestrator)
+        self._under_prefect = under_prefect(context.orchestrator)
         self._published = -ARTIFACT_EVERY_S
 
     def update(self, *, at_end: bool = False) -> None:

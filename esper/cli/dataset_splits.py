@@ -13,7 +13,7 @@ from esper.cli.stores import open_folder
 from esper.leyline.errors import SpecError
 
 if TYPE_CHECKING:
-    from esper.karn.splits_stored import SplitSpec, StoredSplit
+    from esper.karn.splits_stored import Part, SplitSpec, StoredSplit
 
 Words = Annotated[list[str] | None, Parameter(negative="", consume_multiple=True)]
 Numbers = Annotated[list[float] | None, Parameter(negative="", consume_multiple=True)]
@@ -47,13 +47,16 @@ def splits(
         hold_out_environments: Environments that nothing is learned from.
         store: Folder of the datasets.
     """
-    from esper.karn.splits_stored import find_split, split_names, stored_split
+    from esper.karn.splits_stored import FEWEST_SEEDS, find_split, split_names, stored_split
 
     spec = _spec(fractions, hold_out_environments)
     version = open_folder(store).resolve(ref)
     split = find_split(version, name) if spec is None else stored_split(version, name, spec)
     print(rich_table(["split", "env_seeds", "share"], _sizes(split)), end="")
     note(f"split {split.name!r} of {version.ref}: {split.spec.show()}")
+    wanted: dict[Part, float] = {"validation": split.spec.validation_fraction, "test": split.spec.test_fraction}
+    if empty := [part for part, share in wanted.items() if share > 0 and not split.seeds(part)]:
+        note(f"no seed for {' and '.join(empty)}: an environment with fewer than {FEWEST_SEEDS} seeds keeps them all")
     if others := [other for other in split_names(version) if other != name]:
         note(f"other splits: {', '.join(others)}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import platform
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -69,6 +70,10 @@ def serve(
     worker_alone = {"--api": api, "--pool": pool, "--limit": limit}
     if role == "worker":
         _refuse(server_alone | {"--expose": expose or None, "--dry-run": dry_run or None}, "--role worker")
+        if slots and limit is not None:
+            raise SpecError(
+                "--limit beside --devices\n  expected: one of them; each device is a slot for one run at once"
+            )
         if api is None:
             raise SpecError("--role worker without --api\n  expected: --api http://HOST:PORT/api of the server")
         from flows.serve import WorkerOptions
@@ -112,12 +117,15 @@ def _say(text: str) -> None:
 
 def _serve(options: ServeOptions) -> None:
     from flows.serve import AUTH_VARIABLE, LOOPBACK_HOSTS, serving
+    from flows.server import EVERYWHERE
 
     with contextlib.suppress(KeyboardInterrupt), serving(options, _say) as service:
         ui = service.server.url.removesuffix("/api")
         _say(f"UI {ui}   API {service.server.url}   state {service.server.home}")
         if options.host not in LOOPBACK_HOSTS:
-            _say(f"other machines reach it: esper serve --role worker --api {service.server.url} --pool cpu --limit 2")
+            host = platform.node() if options.host in EVERYWHERE else options.host
+            reached = f"http://{host}:{service.server.port}/api"
+            _say(f"other machines reach it: esper serve --role worker --api {reached} --pool cpu --limit 2")
             if not os.environ.get(AUTH_VARIABLE):
                 _say(
                     f"warning: whoever reaches {options.host} can start work here; set {AUTH_VARIABLE} to USER:PASSWORD"

@@ -168,6 +168,14 @@ def test_shares_that_are_none_are_usage_errors(run, fractions):
     assert run("splits", "demo@1", "--name", "odd", "--fractions", *fractions)[0] == 2
 
 
+def test_a_share_that_no_seed_is_held_out_for_is_said(tmp_path, capsys):
+    small = open_store(tmp_path).dataset("demo")
+    small.commit(synthetic_tables(num_env_seeds=3, behaviours=("never-act",), horizon=2))
+    small.seal(matrix_id="m", provenance={})
+    assert main(["dataset", "splits", "demo", "--fractions", "0.4", "0.3", "0.3", "--store", str(tmp_path)]) == 0
+    assert "no seed for validation and test: an environment with fewer than 4 seeds" in capsys.readouterr().err
+
+
 def test_stats_per_split_are_printed_and_written(run, tmp_path):
     code, out, _ = run("stats", "demo@1", "--format", "json")
     assert code == 0

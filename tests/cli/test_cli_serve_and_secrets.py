@@ -90,6 +90,10 @@ def test_events_and_errors_of_commands_carry_no_secret(tmp_path, monkeypatch, ca
         (["--role", "worker", "--api", "http://h/api", "--store", "s"], "--store with --role worker"),
         (["--pool", "cpu"], "--pool with a server"),
         (["--config", "defalt"], "did you mean 'default'"),
+        (["--devices", "cpu"], "pool gpu counts GPUs"),
+        (["--role", "worker", "--api", "http://h/api", "--limit", "0"], "--limit 0"),
+        (["--role", "worker", "--api", "http://h/api", "--limit", "2", "--devices", "cpu"], "--limit beside --devices"),
+        (["--role", "worker", "--api", "http://h/api", "--pool", "gpu"], "--pool gpu without a GPU"),
     ],
 )
 def test_serve_refuses_what_it_cannot_mean(arguments, says, capsys):

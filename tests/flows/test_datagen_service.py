@@ -240,6 +240,16 @@ def test_killed_workers_are_replaced_and_what_kills_every_worker_is_recorded(lib
     assert "exit code -9" in errors.pop()
 
 
+def _says_a_secret(plan):
+    raise ValueError(f"no answer from https://me:{os.environ['PROBE_TOKEN']}@host/data")
+
+
+def test_the_error_of_a_failed_episode_is_stored_without_credentials(library, monkeypatch):
+    monkeypatch.setenv("PROBE_TOKEN", "tip-top-secret")
+    failed = _generate(library, _says_a_secret).version.table("episodes", columns=["error"])
+    assert failed["error"].unique().to_pylist() == ["ValueError: no answer from https://***@host/data"]
+
+
 def test_a_run_with_failed_episodes_exits_with_1_after_sealing_and_says_how_to_see_why(library, monkeypatch, capsys):
     monkeypatch.setattr("esper.tolaria.rollout.run_cohort", stand_in.raises_on_replicate_1)
     assert main(["datagen", "--matrix", "tiny", "--env-ids", "tiny", *HERE, "--no-health"]) == 1

@@ -248,18 +248,20 @@ def test_under_prefect_the_verdict_is_an_artifact_and_both_ways_to_a_webhook_wor
         assert not notify_blocked(checked.verdict, checked.page, under_prefect=True)
         assert receiver.bodies == 2 * [blocked_payload(checked.verdict, checked.page)]
         with get_client(sync_client=True) as client:
-            artifacts = _artifacts(client)
-    (artifact,) = artifacts
-    assert (artifact.key, artifact.type) == ("health-demo-1", "markdown")
-    assert artifact.data == verdict_markdown(checked.verdict, checked.page)
-    assert artifact.flow_run_id is not None
+            shown = _artifacts(client, 2)
+    assert set(shown) == {"health-demo-1", "files-demo-1"}
+    assert shown["health-demo-1"].data == verdict_markdown(checked.verdict, checked.page)
+    for place in (checked.page, checked.docs / "index.html"):
+        assert place.is_file()
+        assert f"`{place.resolve()}`" in shown["files-demo-1"].data
+    assert all(item.flow_run_id is not None for item in shown.values())
 
 
-def _artifacts(client):
+def _artifacts(client, number):
     deadline = time.monotonic() + 10
-    while not (found := client.read_artifacts()) and time.monotonic() < deadline:
+    while len(found := client.read_artifacts()) < number and time.monotonic() < deadline:
         time.sleep(0.1)
-    return found
+    return {item.key: item for item in found}
 
 
 def test_blocked_data_stop_the_pipeline_with_3_keep_the_verdict_and_the_receiver_is_told_with_the_page(

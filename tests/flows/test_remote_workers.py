@@ -9,13 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import tiny
 from factories import synthetic_tables
 from learning import write_recipes
+from s3_server import BUCKET, environment_of, s3_server
 from test_kill_and_resume import _children as living
 
 from esper.karn.store import open_store
@@ -60,11 +61,14 @@ def wait_for(condition, seconds: float):
     return found
 
 
-def start(folder: Path, name: str, *arguments: str, inside: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+def start(
+    folder: Path, name: str, *arguments: str, inside: tuple[str, ...] = (), variables: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
-            [*inside, *ESPER, *arguments], cwd=folder, stdout=log, stderr=log, start_new_session=True
-        )
+            [*inside, *ESPER, *arguments], cwd=folder, env=os.environ | (variables or {}), stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def said(folder: Path, name: str) -> str:
@@ -133,7 +137,37 @@ def machines() -> Iterator[list[Machine]]:
         machine.close()
 
 
-def test_two_machines_share_a_matrix_and_when_one_is_lost_in_mid_cohort_the_other_ends_it(folder, machines):
+class Shared:
+    """A store that all machines reach: a folder, or a prefix of an S3 server with a local copy for each machine."""
+
+    def __init__(self, folder: Path, s3_port: int | None) -> None:
+        self.folder, self.s3_port = folder, s3_port
+        self.url = "shared" if s3_port is None else f"s3://{BUCKET}/shared"
+
+    def variables(self, host: str, machine: str) -> dict[str, str]:
+        """What a machine's commands find in their environment."""
+        if self.s3_port is None:
+            return {}
+        return environment_of(f"http://{host}:{self.s3_port}", self.folder / "caches" / machine)
+
+    def machines_at_work(self) -> int:
+        """How many machines have begun a cohort."""
+        return len(list(self.folder.glob("**/tiny/runs/*/events-*-*.jsonl")))
+
+
+@pytest.fixture(params=["disk", "s3"])
+def shared(request, folder, monkeypatch) -> Iterator[Shared]:
+    if request.param == "disk":
+        yield Shared(folder, None)
+        return
+    with s3_server("0.0.0.0") as endpoint:
+        made = Shared(folder, int(endpoint.rpartition(":")[2]))
+        for name, value in made.variables("127.0.0.1", "test").items():
+            monkeypatch.setenv(name, value)
+        yield made
+
+
+def test_two_machines_share_a_matrix_and_when_one_is_lost_in_mid_cohort_the_other_ends_it(folder, machines, shared):
     clean = subprocess.run(
         [*ESPER, "datagen", "--matrix", "tiny", "--store", "clean", "--workers", "0", "--no-prefect", "--no-health"],
         cwd=folder,
@@ -141,20 +175,21 @@ def test_two_machines_share_a_matrix_and_when_one_is_lost_in_mid_cohort_the_othe
         check=False,
     )
     assert clean.returncode == 0, clean.stderr
+    here = shared.variables("127.0.0.1", "here")
     exposed = ["--host", "0.0.0.0", "--expose", "--port", "0", "--workers", "0"]
-    server = start(folder, "serve", "serve", "--store", "shared", "--config", "pools.toml", *exposed)
-    started = [server]
+    options = ["serve", "--store", shared.url, "--config", "pools.toml", *exposed]
+    started = [start(folder, "serve", *options, variables=here)]
     try:
         port = re.search(r":(\d+)/api", api_of(folder))[1]
         for number, machine in enumerate(machines, 1):
-            api = f"http://{machine.host}:{port}/api"
+            api, name = f"http://{machine.host}:{port}/api", f"machine{number}"
             role = ("serve", "--role", "worker", "--api", api, "--pool", "cpu", "--limit", "1")
-            started.append(start(folder, f"machine{number}", *role, inside=machine.inside))
-        run = ["datagen", "--matrix", "tiny", "--store", "shared", "--pool", "cpu", "--batch-size", "2", "--no-health"]
-        coordinator = start(folder, "datagen", *run)
+            variables = shared.variables(machine.host, name)
+            started.append(start(folder, name, *role, inside=machine.inside, variables=variables))
+        run = ["datagen", "--matrix", "tiny", "--store", shared.url, "--pool", "cpu", "--batch-size", "2"]
+        coordinator = start(folder, "datagen", *run, "--no-health", variables=here)
         started.append(coordinator)
-        events = folder / "shared" / "tiny" / "runs"
-        assert wait_for(lambda: len(list(events.glob("*/events-*-*.jsonl"))) >= 2, 400), said(folder, "datagen")
+        assert wait_for(lambda: shared.machines_at_work() >= 2, 400), said(folder, "datagen")
         time.sleep(1)
         lost = machines[0].pids(started[1].pid)
         assert len(lost) >= 3, "supervisor, worker and flow run"
@@ -166,13 +201,17 @@ def test_two_machines_share_a_matrix_and_when_one_is_lost_in_mid_cohort_the_othe
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
                 process.wait(timeout=120)
-    shared, alone = (open_store(folder / name).resolve("tiny@1") for name in ("shared", "clean"))
-    ids = shared.table("episodes", columns=["episode_id"])["episode_id"].to_pylist()
+    found, alone = (open_store(where).resolve("tiny@1") for where in (_where(folder, shared), folder / "clean"))
+    ids = found.table("episodes", columns=["episode_id"])["episode_id"].to_pylist()
     assert len(ids) == len(set(ids)) == 32
-    assert shared.manifest.digest == alone.manifest.digest
-    assert shared.verify() == []
+    assert found.manifest.digest == alone.manifest.digest
+    assert found.verify() == []
     assert "no heartbeat" in said(folder, "serve") or "its process was killed" in said(folder, "serve")
     assert "Traceback" not in said(folder, "serve") + said(folder, "machine2") + said(folder, "datagen")
+
+
+def _where(folder: Path, shared: Shared) -> str | Path:
+    return folder / "shared" if shared.s3_port is None else shared.url
 
 
 def sealed_that_passes(folder: Path) -> None:

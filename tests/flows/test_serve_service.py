@@ -17,6 +17,7 @@ from learning import write_store
 from test_health_flow import verdict
 
 from esper.karn.store import open_store
+from esper.leyline.comparison import ArmResult, Evaluation, Interval
 from esper.leyline.errors import SpecError
 from esper.leyline.schedules import ServiceSpec, StoreEvent
 from esper.leyline.verdict import Level
@@ -169,6 +170,59 @@ def test_no_secret_reaches_states_logs_or_artifacts(served):
     assert "shown *** s3://***@host/x" in told
     assert SECRET not in told
     assert "abc" not in told
+
+
+def evaluation_of_one_arm() -> Evaluation:
+    def about(mean):
+        return Interval(mean=mean, low=mean - 1, high=mean + 1, num_env_seeds=20, method="BCa")
+
+    arm = ArmResult(
+        environment="digits-gap",
+        arm="iql",
+        group="learned",
+        test_accuracy_percent=about(40),
+        mean_return=about(1),
+        gain_over={},
+        return_over={},
+        seed_params=100,
+        growth_factor=1.2,
+        train_gflops=3.0,
+        num_diverged=0,
+    )
+    at = "2026-01-01T00:00:00+00:00"
+    return Evaluation(
+        dataset="small",
+        version=1,
+        verdict=Level.PASS,
+        arms=(arm,),
+        best_fixed=(),
+        controls=(),
+        created_at=at,
+        wall_s=1.0,
+    )
+
+
+def test_a_comparison_and_the_place_of_its_report_are_shown_by_the_run_that_made_them(served):
+    from flows import report
+    from flows.artifacts import publish_comparison
+    from flows.context import RunOptions
+    from flows.prefect_flows import run_as_flow
+
+    run = served.version.root / "runs" / "compared"
+    run.mkdir(parents=True)
+    (run / "evaluation.json").write_text(json.dumps(evaluation_of_one_arm().model_dump(mode="json")))
+
+    def core(request, orchestrator):
+        publish_comparison(evaluation_of_one_arm(), run / "evaluation.md")
+        wanted = report.ReportRequest(dataset="small@1", store=str(served.store.root), run_name="compared")
+        return report.run_report(wanted, orchestrator)
+
+    page = run_as_flow("compared", RunOptions(), core)
+    assert page.is_file()
+    with client() as api:
+        shown = {item.key: item for item in api.read_artifacts() if item.key}
+    assert f"`{page.resolve()}`" in shown["files-small-1-report"].data
+    assert "iql" in next(item.data for key, item in shown.items() if key.startswith("comparison-"))
 
 
 def test_a_credentials_block_becomes_the_environment_of_workers_and_no_error_repeats_it(served):
