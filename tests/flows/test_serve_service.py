@@ -146,6 +146,14 @@ def test_a_flow_started_by_an_event_leaves_a_version_that_was_treated_alone(serv
     assert answer == {"version": "small@1", "skipped": "was trained on already, run once-v1"}
 
 
+def test_the_results_of_served_flows_are_stored_as_json(served):
+    from flows import deployments
+
+    answer = deployments.health(dataset="small@1", store=str(served.folder / "store"), once=True)
+    stored = [path for path in (served.store.root / ".prefect" / "storage").rglob("*") if path.is_file()]
+    assert answer in [json.loads(path.read_text()) for path in stored]
+
+
 def test_no_secret_reaches_states_logs_or_artifacts(served):
     from prefect import get_run_logger
 
