@@ -11,7 +11,7 @@ from torch import Tensor
 
 from esper.leyline.keys import derive_seed
 from esper.simic.batches import Transitions
-from esper.simic.learning import Fitted, LearnerSpec, Loop, OnLog, Stepper, held_out_mean, new_tree_net, track
+from esper.simic.learning import Fitted, Follower, LearnerSpec, Loop, OnLog, Stepper, held_out_mean, new_tree_net
 from esper.simic.replay import Batch, Replay, Weighting
 from esper.simic.resume import Progress
 from esper.simic.returns import n_step, returns_to_go
@@ -61,7 +61,7 @@ class CqlRecipe(LearnerSpec):
     temperature: Annotated[float, Field(gt=0)] = 0.1
 
 
-def conservative_gap(network: TreeNet, entries: Tensor, batch: Batch, recipe: CqlRecipe) -> Tensor:
+def conservative_gap(network: TreeNet, entries: Tensor, taken_N: Tensor, batch: Batch, recipe: CqlRecipe) -> Tensor:
     """Return log sum_a rho(a | s) exp Q(s, a) - Q(s, a of the data), [N], the first term bounded where asked for."""
     prior = None
     if recipe.prior == "hierarchical":
@@ -70,21 +70,22 @@ def conservative_gap(network: TreeNet, entries: Tensor, batch: Batch, recipe: Cq
     if recipe.monte_carlo_bound:
         weight = network.log_sum(torch.zeros_like(entries), batch.mask, prior)
         soft = torch.where(batch.forced, soft, torch.maximum(soft, batch.to_go + weight))
-    return soft - network.of_action(entries, batch.action)
+    return soft - taken_N
 
 
 def double_q_target(online: TreeNet, slow: TreeNet, batch: Batch) -> Tensor:
     """Return R_n + discount * Qbar(s', argmax Q(s', .)), [N], without gradient."""
     with torch.no_grad():
-        best = online.best(online(batch.next_obs), batch.next_mask)
-        return batch.reward + batch.discount * slow.of_action(slow(batch.next_obs), best)
+        best = slow.at_best(slow(batch.next_obs), online(batch.next_obs), batch.next_mask)
+        return batch.reward + batch.discount * best
 
 
 def cql_losses(online: TreeNet, slow: TreeNet, batch: Batch, recipe: CqlRecipe) -> tuple[Tensor, Tensor]:
     """Return the temporal-difference loss and the mean penalty (without alpha)."""
     entries = online(batch.obs)
-    error = online.of_action(entries, batch.action) - double_q_target(online, slow, batch)
-    return error.square().mean(), conservative_gap(online, entries, batch, recipe).mean()
+    taken = online.of_action(entries, batch.action)
+    error = taken - double_q_target(online, slow, batch)
+    return error.square().mean(), conservative_gap(online, entries, taken, batch, recipe).mean()
 
 
 def fit_cql(
@@ -126,11 +127,12 @@ def fit_cql(
         stepper = Stepper(
             online.parameters(), learning_rate=recipe.learning_rate, clip=recipe.gradient_clip, steps=recipe.steps
         )
+        follower = Follower(slow, online, recipe.polyak)
 
         def update() -> dict[str, float]:
             td, penalty = cql_losses(online, slow, replay.sample(recipe.batch_size), recipe)
             stepper.step(td + recipe.alpha * penalty, "Q")
-            track(slow, online, recipe.polyak)
+            follower.step()
             return {"td_loss": float(td.detach()), "penalty": float(penalty.detach())}
 
         def measure(rows: Replay) -> tuple[dict[str, float], float]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from esper.leyline.keys import derive_seed
 from esper.simic.batches import Floats, Transitions
 from esper.simic.cloning import clone
-from esper.simic.learning import Fitted, LearnerSpec, Loop, OnLog, Stepper, held_out_mean, new_tree_net, track
+from esper.simic.learning import Fitted, Follower, LearnerSpec, Loop, OnLog, Stepper, held_out_mean, new_tree_net
 from esper.simic.replay import Batch, Replay, Weighting, row_weights, unforced
 from esper.simic.resume import Progress
 from esper.simic.returns import n_step
@@ -129,12 +129,14 @@ def fit_values(
         stepper = Stepper(
             values.trained(), learning_rate=recipe.learning_rate, clip=recipe.gradient_clip, steps=recipe.value_steps
         )
+        pairs = ((values.slow1, values.q1), (values.slow2, values.q2))
+        followers = [Follower(slow, critic, recipe.polyak) for slow, critic in pairs]
 
         def update() -> dict[str, float]:
             loss_v, loss_q = values.losses(replay.sample(recipe.batch_size), recipe.expectile)
             stepper.step(loss_v + loss_q, "the values")
-            track(values.slow1, values.q1, recipe.polyak)
-            track(values.slow2, values.q2, recipe.polyak)
+            for follower in followers:
+                follower.step()
             return {"value_loss": float(loss_v.detach()), "critic_loss": float(loss_q.detach())}
 
         def measure(rows: Replay) -> tuple[dict[str, float], float]:

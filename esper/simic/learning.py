@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
@@ -65,6 +65,18 @@ class Fitted:
     metrics: dict[str, float]
 
 
+def flattened(parameters: Iterable[nn.Parameter]) -> nn.Parameter:
+    """Move parameters and their gradients into one tensor, of which they are parts from then on: one kernel for all."""
+    parts = list(parameters)
+    flat = nn.Parameter(torch.cat([part.detach().flatten() for part in parts]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [part.numel() for part in parts]
+    for part, weights, gradient in zip(parts, torch.split(flat.detach(), sizes), torch.split(flat.grad, sizes)):
+        part.data = weights.view_as(part)
+        part.grad = gradient.view_as(part)
+    return flat
+
+
 class Stepper:
     """Adam with a half-cosine decay and a clipped gradient; refuses a loss that is not finite."""
 
@@ -72,26 +84,30 @@ class Stepper:
         self, parameters: Iterable[nn.Parameter], *, learning_rate: float, clip: float, steps: int | None = None
     ) -> None:
         """`steps` is the length of the decay; None keeps the rate."""
-        self.parameters = list(parameters)
         self.base_rate = learning_rate
         self._clip = clip
         self._steps = steps
         self._done = 0
-        self._adam = torch.optim.Adam(self.parameters, lr=learning_rate, eps=1e-5, fused=True)
+        self._weights = flattened(parameters)
+        self._adam = torch.optim.Adam([self._weights], lr=learning_rate, eps=1e-5, fused=True)
 
     def step(self, loss: Tensor, name: str) -> None:
         """Take one step down the gradient; TrainingError where the loss is not finite."""
-        if not bool(torch.isfinite(loss)):
+        value = loss.item()
+        if not math.isfinite(value):
             raise TrainingError(
-                f"the loss of {name} is {float(loss.detach())} at step {self._done}\n"
+                f"the loss of {name} is {value} at step {self._done}\n"
                 "  expected: a finite number; lower the learning rate, or check the data set's features and rewards"
             )
         if self._steps is not None:
             rate = self.base_rate * 0.5 * (1 + math.cos(math.pi * min(self._done / self._steps, 1.0)))
             self._adam.param_groups[0]["lr"] = rate
-        self._adam.zero_grad(set_to_none=True)
+        gradient = cast(Tensor, self._weights.grad)
+        gradient.zero_()
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.parameters, self._clip)
+        norm = gradient.norm().item()
+        if not norm <= self._clip:
+            gradient.mul_(self._clip / (norm + 1e-6))
         self._adam.step()
         self._done += 1
 
@@ -105,10 +121,18 @@ class Stepper:
         self._done = state_dict["done"]
 
 
-def track(target: nn.Module, source: nn.Module, rate: float) -> None:
-    """Move the target's parameters towards the source's: target += rate * (source - target) (Polyak averaging)."""
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
+class Follower:
+    """Moves a slow copy of a network towards it: slow += rate * (network - slow) (Polyak averaging)."""
+
+    def __init__(self, slow: nn.Module, network: nn.Module, rate: float) -> None:
+        self._slow: list[Tensor] = list(slow.parameters())
+        self._fast: list[Tensor] = list(network.parameters())
+        self._rate = rate
+
+    def step(self) -> None:
+        """Move all parameters once."""
+        with torch.no_grad():
+            torch._foreach_lerp_(self._slow, self._fast, self._rate)
 
 
 def in_chunks(function: Callable[[Tensor, Tensor], Tensor], first: Tensor, second: Tensor) -> Tensor:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from esper.leyline.actions import Bools
 from esper.leyline.errors import SpecError
 from esper.leyline.keys import KeyPart, numpy_generator
 from esper.simic.batches import Floats, Ints, Transitions
+from esper.simic.row_files import Index
 from esper.tamiyo.networks import History, Inputs
 
 Weighting = Literal["none", "return"]
@@ -23,22 +24,73 @@ CHUNK_ROWS = 1024
 CHUNK_EPISODES = 64
 
 
-class Batch(NamedTuple):
-    """Tensors of some transitions; see `Transitions` for what they are.
+class Batch:
+    """Tensors of some transitions, read when they are first asked for; see `Transitions` for what they are.
 
     `obs` and `next_obs` are histories where whole episodes were asked for, rows otherwise. `to_go` is 0 unless given.
     """
 
-    obs: Inputs
-    mask: Tensor
-    action: Tensor
-    reward: Tensor
-    discount: Tensor
-    next_obs: Inputs
-    next_mask: Tensor
-    forced: Tensor
-    weight: Tensor
-    to_go: Tensor
+    def __init__(self, replay: Replay, index: Index, histories: tuple[History, History] | None = None) -> None:
+        self._replay = replay
+        self._index = index
+        self._at = torch.from_numpy(index) if isinstance(index, np.ndarray) else index
+        self._histories = histories
+
+    def _states(self, state_N: Ints) -> Tensor:
+        return torch.from_numpy(self._replay.data.obs_MV[state_N[self._index]])
+
+    def _masks(self, state_N: Ints) -> Tensor:
+        return torch.from_numpy(self._replay.masks[state_N[self._index]])
+
+    @cached_property
+    def obs(self) -> Inputs:
+        """What the decision saw."""
+        return self._histories[0] if self._histories else self._states(self._replay.data.state_N)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """Its action masks."""
+        return self._masks(self._replay.data.state_N)
+
+    @cached_property
+    def action(self) -> Tensor:
+        """Canonical actions."""
+        return self._replay.action[self._at]
+
+    @cached_property
+    def reward(self) -> Tensor:
+        """Rewards before the bootstrap."""
+        return self._replay.reward[self._at]
+
+    @cached_property
+    def discount(self) -> Tensor:
+        """Weight of the bootstrap."""
+        return self._replay.discount[self._at]
+
+    @cached_property
+    def next_obs(self) -> Inputs:
+        """What the state of the bootstrap saw."""
+        return self._histories[1] if self._histories else self._states(self._replay.data.next_N)
+
+    @cached_property
+    def next_mask(self) -> Tensor:
+        """Its action masks."""
+        return self._masks(self._replay.data.next_N)
+
+    @cached_property
+    def forced(self) -> Tensor:
+        """Whether there was no choice."""
+        return self._replay.forced[self._at]
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Weights of the rows."""
+        return self._replay.weight[self._at]
+
+    @cached_property
+    def to_go(self) -> Tensor:
+        """What the episode went on to earn."""
+        return self._replay.to_go[self._at]
 
 
 def trajectory_probabilities(transitions: Transitions, temperature: float) -> Floats:
@@ -86,7 +138,7 @@ class Replay:
         """
         if not len(transitions):
             raise SpecError("no transition to learn from\n  expected: at least one unforced decision to train on")
-        self._data = transitions
+        self.data, self.masks = transitions, transitions.mask_MT
         self._generator = numpy_generator("replay", *key)
         self._episodes = Episodes.of(transitions) if whole_episodes else None
         self._cumulative: Floats | None = None
@@ -95,16 +147,16 @@ class Replay:
             if self._episodes is not None:
                 probability = probability[self._episodes.first_row_E]
             self._cumulative = np.cumsum(probability)
-        self._action = torch.from_numpy(transitions.action_NA)
-        self._reward = torch.from_numpy(transitions.reward_N).float()
-        self._discount = torch.from_numpy(transitions.discount_N).float()
-        self._forced = torch.from_numpy(transitions.forced_N)
+        self.action = torch.from_numpy(transitions.action_NA)
+        self.reward = torch.from_numpy(transitions.reward_N).float()
+        self.discount = torch.from_numpy(transitions.discount_N).float()
+        self.forced = torch.from_numpy(transitions.forced_N)
         weight = np.ones(len(transitions)) if weight_N is None else weight_N
-        self._weight = torch.from_numpy(weight).float()
-        self._to_go = torch.from_numpy(np.zeros(len(transitions)) if to_go_N is None else to_go_N).float()
+        self.weight = torch.from_numpy(weight).float()
+        self.to_go = torch.from_numpy(np.zeros(len(transitions)) if to_go_N is None else to_go_N).float()
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.data)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the generator: what the next samples depend on."""
@@ -114,35 +166,18 @@ class Replay:
         """Take on the state of the generator."""
         self._generator.bit_generator.state = state_dict["generator"]
 
-    def rows(self, index: NDArray[np.integer] | slice = slice(None)) -> Batch:
-        """Return the tensors of some rows, without their episodes."""
-        data = self._data
-        obs, following = (torch.from_numpy(data.obs_MV[at[index]]) for at in (data.state_N, data.next_N))
-        return self._batch(index, obs, following)
-
-    def _batch(self, index: NDArray[np.integer] | slice, obs: Inputs, next_obs: Inputs) -> Batch:
-        data = self._data
-        chosen = torch.from_numpy(index) if isinstance(index, np.ndarray) else index
-        return Batch(
-            obs=obs,
-            mask=torch.from_numpy(data.mask_MT[data.state_N[index]]),
-            action=self._action[chosen],
-            reward=self._reward[chosen],
-            discount=self._discount[chosen],
-            next_obs=next_obs,
-            next_mask=torch.from_numpy(data.mask_MT[data.next_N[index]]),
-            forced=self._forced[chosen],
-            weight=self._weight[chosen],
-            to_go=self._to_go[chosen],
-        )
+    def rows(self, index: Index = slice(None)) -> Batch:
+        """Return some rows, without their episodes."""
+        return Batch(self, index)
 
     def _of_episodes(self, chosen_E: Ints) -> Batch:
         """Return all rows of some episodes, in order, with the episodes' histories."""
         if self._episodes is None:
             raise SpecError("this replay holds rows\n  expected: whole_episodes=True")
         index, states, at, following = self._episodes.read(chosen_E)
-        shown = torch.from_numpy(self._data.obs_MV[states])
-        return self._batch(index, History(shown, torch.from_numpy(at)), History(shown, torch.from_numpy(following)))
+        shown = torch.from_numpy(self.data.obs_MV[states])
+        histories = History(shown, torch.from_numpy(at)), History(shown, torch.from_numpy(following))
+        return Batch(self, index, histories)
 
     def sample(self, size: int) -> Batch:
         """Return `size` rows drawn with replacement; or whole episodes of about as many rows, at least one."""

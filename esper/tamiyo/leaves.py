@@ -98,6 +98,11 @@ class Leaves(nn.Module):
         """Return the valid action of the greatest entry, int8 [N, A]."""
         return self.actions[self._masked(entries_NL, mask_NT).argmax(dim=1)]
 
+    def at_argmax(self, entries_NL: Tensor, chosen_by_NL: Tensor, mask_NT: Tensor) -> Tensor:
+        """Return the entry of the valid action that is greatest by `chosen_by_NL`, [N]."""
+        best = self._masked(chosen_by_NL, mask_NT).argmax(dim=1)
+        return entries_NL.gather(1, best.unsqueeze(1)).squeeze(1)
+
     def log_sum(self, entries_NL: Tensor, mask_NT: Tensor, prior_NT: Tensor | None) -> Tensor:
         """Return log sum over valid leaves of rho(a) exp of the entry, [N]; see `TreeNet.log_sum`."""
         masked = self._masked(entries_NL, mask_NT)

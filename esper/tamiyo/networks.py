@@ -317,11 +317,11 @@ class TreeNet(nn.Module):
             return self.leaves.of_action(entries, actions_NA)
         return tree_torch.path_sum(entries, actions_NA)
 
-    def best(self, entries: Tensor, mask_NT: Tensor) -> Tensor:
-        """Return the valid action of the greatest value, int8 [N, A]."""
+    def at_best(self, entries: Tensor, chosen_by: Tensor, mask_NT: Tensor) -> Tensor:
+        """Return the value of the valid action that is best by the entries `chosen_by`, [N]."""
         if self.leaves is not None:
-            return self.leaves.argmax(entries, mask_NT)
-        return tree_torch.argmax(entries, mask_NT)
+            return self.leaves.at_argmax(entries, chosen_by, mask_NT)
+        return tree_torch.at_argmax(entries, chosen_by, mask_NT)
 
     def log_sum(self, entries: Tensor, mask_NT: Tensor, prior_NT: Tensor | None = None) -> Tensor:
         """Return log sum over valid actions of rho(a) exp Q(s, a), [N].
@@ -357,7 +357,7 @@ class TreeNet(nn.Module):
         """Return the joint log-probability of canonical actions that a policy (`logits`) is trained by, [N]."""
         if self.leaves is not None and self.spec.head == "logits":
             return self.leaves.log_prob(self(obs), mask_NT, actions_NA)
-        return tree_torch.log_prob(self.log_policy(obs, mask_NT), actions_NA)
+        return tree_torch.action_log_prob(self.logits(obs, mask_NT), mask_NT, actions_NA)
 
 
 def _start_small(last: nn.Linear) -> None:

@@ -12,13 +12,15 @@ masked has a gradient of exactly 0, never NaN. Shape suffixes as in `esper.leyli
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esper.leyline.actions import (
-    LEVER_OFFSETS,
+    ACTION_WIDTH,
     LEVER_SIZES,
     LEVER_START,
     LEVERS,
@@ -31,6 +33,7 @@ from esper.leyline.actions import (
     Op,
     lever_slice,
 )
+from esper.leyline.actions import entries_of as paths_of
 from esper.leyline.errors import MaskError
 
 MASKED = -1e30
@@ -38,7 +41,6 @@ MASKED = -1e30
 
 _WIDEST = max(LEVER_SIZES)
 _GERMINATE = int(Op.GERMINATE) - 1
-_LEVER_OFFSETS = torch.tensor(LEVER_OFFSETS)
 
 
 def _lever_indices() -> tuple[Tensor, Tensor]:
@@ -53,6 +55,15 @@ def _lever_indices() -> tuple[Tensor, Tensor]:
 
 
 _PAD, _UNPAD = _lever_indices()
+_OPS = torch.arange(NUM_OPS)
+_SLOTS = torch.arange(SLOT_START, LEVER_START).view(NUM_OPS - 1, MAX_SLOTS).t()
+_LEVERS = _PAD.view(_WIDEST, MAX_SLOTS, len(LEVERS))
+_FIRST = np.zeros((NUM_OPS * MAX_SLOTS, ACTION_WIDTH), dtype=np.int8)
+_FIRST[:, 0], _FIRST[:, 1] = np.divmod(np.arange(len(_FIRST)), MAX_SLOTS)
+_PATHS, _READ = (torch.from_numpy(part) for part in paths_of(_FIRST))
+"""By op and slot the entries that an action with the first value of every lever passes, and which it reads."""
+_OP_AND_SLOTS = torch.cat([_OPS.expand(NUM_OPS, -1), _SLOTS.t()[_OPS.sub(1).clamp(min=0)]], dim=1)
+"""By op the entries of all ops, then those of its slots (WAIT has none: those of another op stand there)."""
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -75,17 +86,14 @@ def check_some(mask_NT: Tensor) -> None:
         raise MaskError(f"row {row} of the mask allows no action\n  expected: WAIT is always valid")
 
 
-def split(values_NT: Tensor, pad: float, slots: Tensor | None = None) -> Parts:
-    """Return the blocks of flat entries, the levers of all slots or of some; their padding is `pad`."""
+def split(values_NT: Tensor, pad: float) -> Parts:
+    """Return the blocks of flat entries; the padding of the levers is `pad`."""
     num = len(values_NT)
     padded = nn.functional.pad(values_NT, (0, 1), value=pad)
-    chosen = _PAD.view(_WIDEST, MAX_SLOTS, len(LEVERS))
-    if slots is not None:
-        chosen = chosen[:, slots]
     return Parts(
         values_NT[:, OP_SLICE],
         values_NT[:, SLOT_START:LEVER_START].reshape(num, NUM_OPS - 1, MAX_SLOTS).transpose(1, 2),
-        padded.index_select(1, chosen.flatten()).reshape(num, *chosen.shape),
+        padded.index_select(1, _PAD).reshape(num, *_LEVERS.shape),
     )
 
 
@@ -128,13 +136,10 @@ def log_softmax(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
 def entries_of(actions_NA: Tensor) -> tuple[Tensor, Tensor]:
     """Return the entries that canonical actions pass, int64 [N, 8], and which of them they read, bool [N, 8]."""
     act = actions_NA.long()
-    op, slot = act[:, :1], act[:, 1:2]
-    acts = op != Op.WAIT
-    germinates = (op == Op.GERMINATE).expand(-1, len(LEVERS))
-    slot_entry = SLOT_START + (op - 1) * MAX_SLOTS + slot
-    lever_entry = LEVER_START + slot * NUM_LEVER_CHOICES + _LEVER_OFFSETS + act[:, 2:]
-    read = torch.cat([torch.ones_like(acts), acts, germinates], dim=1)
-    return torch.cat([op, slot_entry, lever_entry], dim=1).masked_fill(~read, 0), read
+    path = act[:, 0] * MAX_SLOTS + act[:, 1]
+    entries, read = _PATHS.index_select(0, path), _READ.index_select(0, path)
+    entries[:, 2:] += act[:, 2:]
+    return entries, read
 
 
 def path_sum(values_NT: Tensor, actions_NA: Tensor) -> Tensor:
@@ -151,29 +156,101 @@ def log_prob(logp_NT: Tensor, actions_NA: Tensor) -> Tensor:
     return path_sum(logp_NT, actions_NA)
 
 
+def action_log_prob(logits_NT: Tensor, mask_NT: Tensor, actions_NA: Tensor) -> Tensor:
+    """Return log pi(a) of canonical actions, [N]: `log_prob` of `log_softmax`, from their own choices alone."""
+    check_some(mask_NT)
+    act = actions_NA.long()
+    op = act[:, 0]
+    columns = _OP_AND_SLOTS.index_select(0, op)
+    logits = logits_NT.gather(1, columns).masked_fill(~mask_NT.gather(1, columns), MASKED)
+    total = _chosen(logits[:, :NUM_OPS], act[:, :1])
+    total = total + _chosen(logits[:, NUM_OPS:], act[:, 1:2]).masked_fill(op == Op.WAIT, 0.0)
+    rows = torch.nonzero(op == Op.GERMINATE).squeeze(1)
+    if len(rows):
+        levers = _LEVERS[:, act[rows, 1]].transpose(0, 1)
+        at = (rows[:, None, None], levers.clamp(max=TREE_WIDTH - 1))
+        logits = logits_NT[at].masked_fill(~mask_NT[at] | (levers == TREE_WIDTH), MASKED)
+        total = total.index_add(0, rows, _chosen(logits, act[rows, 2:].unsqueeze(1)).sum(dim=1))
+    return total.masked_fill(total < MASKED / 2, -torch.inf)
+
+
+def _chosen(logits: Tensor, index: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=1).gather(1, index).squeeze(1)
+
+
+class Kept(NamedTuple):
+    """The entries of a batch without the slots that are closed in every row.
+
+    Attributes:
+        columns: Flat entries of the op, slot and lever blocks, one after the other; padding names the last entry.
+        padding: Which of them are padding; None where none is.
+        slots: The slots in which some row may act, and the first one in any case, [S].
+        places: Which of those some row may germinate in, [G].
+    """
+
+    columns: Tensor
+    padding: Tensor | None
+    slots: Tensor
+    places: Tensor
+
+
+class Open(NamedTuple):
+    """The masked blocks of what is kept: [N, 5], [N, S, 4] and [N, 8, G, 6]."""
+
+    op: Tensor
+    slot: Tensor
+    lever: Tensor
+    kept: Kept
+
+
+@lru_cache(maxsize=1024)
+def _kept(open_slots: bytes) -> Kept:
+    """Return what is kept where some row may take these slot choices, a bool each."""
+    by_op = torch.frombuffer(bytearray(open_slots), dtype=torch.bool).view(NUM_OPS - 1, MAX_SLOTS)
+    acting = by_op.any(dim=0)
+    acting[0] = True  # so that no reduction is over nothing
+    slots = torch.nonzero(acting).squeeze(1)
+    places = torch.nonzero(by_op[_GERMINATE, slots]).squeeze(1)
+    columns = torch.cat([_OPS, _SLOTS[slots].flatten(), _LEVERS[:, slots[places]].flatten()])
+    padding = (columns == TREE_WIDTH) if len(places) else None
+    return Kept(columns.clamp(max=TREE_WIDTH - 1), padding, slots, places)
+
+
+def _open(values_NT: Tensor, mask_NT: Tensor) -> Open:
+    check_some(mask_NT)
+    kept = _kept(mask_NT.numpy()[:, SLOT_START:LEVER_START].any(axis=0).tobytes())
+    closed = ~mask_NT.index_select(1, kept.columns)
+    if kept.padding is not None:
+        closed |= kept.padding
+    values = values_NT.index_select(1, kept.columns).masked_fill(closed, MASKED)
+    num_slots, num_places = len(kept.slots), len(kept.places)
+    first_lever = NUM_OPS + num_slots * (NUM_OPS - 1)
+    slot = values[:, NUM_OPS:first_lever].reshape(len(values), num_slots, NUM_OPS - 1)
+    lever = values[:, first_lever:].reshape(len(values), _WIDEST, num_places, len(LEVERS))
+    return Open(values[:, :NUM_OPS], slot, lever, kept)
+
+
 def reduce_tree(values_NT: Tensor, mask_NT: Tensor, reduce: Reduce) -> Tensor:
     """Return the reduction of additive leaf values over the valid leaves, [N]; `reduce` takes dimension 1."""
-    (op, slot, lever), slots = _masked_open(values_NT, mask_NT)
-    slot = _under(slot, _at_slots(reduce(lever).sum(dim=-1), slots))
+    op, slot, lever, kept = _open(values_NT, mask_NT)
+    if len(kept.places):
+        slot = _under(slot, _at_places(reduce(lever), kept))
     return reduce(_below_op(op, reduce(slot)))
 
 
-def _masked_open(values_NT: Tensor, mask_NT: Tensor) -> tuple[Parts, Tensor]:
-    """Return the masked blocks, the lever block of the slots alone in which some row may germinate, and those slots."""
-    check_some(mask_NT)
-    masked = values_NT.masked_fill(~mask_NT, MASKED)
-    slots = torch.nonzero(mask_NT[:, SLOT_START : SLOT_START + MAX_SLOTS].any(dim=0)).squeeze(1)
-    return split(masked, MASKED, slots), slots
+def _at_places(lever_NGL: Tensor, kept: Kept) -> Tensor:
+    """Return the sum over the levers of each slot that is kept, [N, S]; 0 where no row may germinate."""
+    levers_NG = lever_NGL.sum(dim=-1)
+    return levers_NG.new_zeros((len(levers_NG), len(kept.slots))).index_copy(1, kept.places, levers_NG)
 
 
-def _at_slots(open_NS: Tensor, slots: Tensor) -> Tensor:
-    """Return the open slots' numbers at their places, [N, S], 0 elsewhere."""
-    return open_NS.new_zeros((len(open_NS), MAX_SLOTS)).index_copy(1, slots, open_NS)
+def _amax(values: Tensor) -> Tensor:
+    return values.amax(dim=1)
 
 
 def maximum(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return max over valid actions of the additive value, [N]."""
-    return reduce_tree(values_NT, mask_NT, lambda part: part.amax(dim=1))
+    return reduce_tree(values_NT, mask_NT, _amax)
 
 
 def logsumexp(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -197,23 +274,52 @@ def greedy(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
     This is not the most probable leaf: a germination divides its probability among thousands of leaves, WAIT has one.
     """
-    return _greedy(*_masked_open(logits_NT, mask_NT))
+    return _greedy(_open(logits_NT, mask_NT))
 
 
-def _greedy(parts: Parts, slots: Tensor) -> Tensor:
-    op_N, slot_NO = parts.op.argmax(dim=1), parts.slot.argmax(dim=1)
-    slot_N = _slot_of(op_N, slot_NO)
-    if not len(slots):
-        return _with_levers(op_N, slot_N, slot_N.new_zeros((len(op_N), len(LEVERS))))
-    place = torch.zeros(MAX_SLOTS, dtype=torch.int64).index_copy(0, slots, torch.arange(len(slots)))
-    return _with_levers(op_N, slot_N, parts.lever[torch.arange(len(op_N)), :, place[slot_N]].argmax(dim=1))
+def _greedy(opened: Open) -> Tensor:
+    kept = opened.kept
+    op_N = _largest(opened.op)
+    place_N = _slot_of(op_N, _largest(opened.slot))
+    slot_N = kept.slots[place_N] * (op_N != Op.WAIT)
+    if not len(kept.places):
+        return _with_levers(op_N, slot_N, op_N.new_zeros((len(op_N), len(LEVERS))))
+    lever = torch.zeros(len(kept.slots), dtype=torch.int64)
+    lever[kept.places] = torch.arange(len(kept.places))
+    lever_NVL = opened.lever[torch.arange(len(op_N)), :, lever[place_N]]
+    return _with_levers(op_N, slot_N, _largest(lever_NVL))
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Return `values.argmax(dim=1)`, whose kernel is up to fifteen times slower than that of `max`."""
+    return values.max(dim=1).indices
 
 
 def argmax(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return the valid action with the greatest additive value, int8 [N, A]."""
-    (op, slot, lever), slots = _masked_open(values_NT, mask_NT)
-    slot = _under(slot, _at_slots(lever.amax(dim=1).sum(dim=-1), slots))
-    return _greedy(Parts(_below_op(op, slot.amax(dim=1)), slot, lever), slots)
+    opened = _open(values_NT, mask_NT)
+    slot = opened.slot
+    if len(opened.kept.places):
+        slot = _under(slot, _at_places(_amax(opened.lever), opened.kept))
+    return _greedy(opened._replace(op=_below_op(opened.op, _amax(slot)), slot=slot))
+
+
+def at_argmax(values_NT: Tensor, chosen_by_NT: Tensor, mask_NT: Tensor) -> Tensor:
+    """Return the additive value of the valid action that is greatest by `chosen_by_NT`, [N]."""
+    op, slot, lever, kept = _open(values_NT, mask_NT)
+    by = _open(chosen_by_NT, mask_NT)
+    by_slot = by.slot
+    if len(kept.places):
+        lever, by_lever = _at_largest(lever, by.lever)
+        slot, by_slot = _under(slot, _at_places(lever, kept)), _under(by_slot, _at_places(by_lever, kept))
+    below, by_below = _at_largest(slot, by_slot)
+    return _at_largest(_below_op(op, below), _below_op(by.op, by_below))[0]
+
+
+def _at_largest(values: Tensor, chosen_by: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both along dimension 1 at the greatest entry of the second."""
+    largest = chosen_by.max(dim=1)
+    return values.gather(1, largest.indices.unsqueeze(1)).squeeze(1), largest.values
 
 
 def sample(logp_NT: Tensor, mask_NT: Tensor, uniforms_NA: Tensor) -> Tensor:

@@ -139,7 +139,8 @@ def test_gae_equals_the_double_sum() -> None:
 def test_sampling_is_keyed_and_return_weighting_follows_its_formula() -> None:
     found = from_steps(synthetic_tables(num_env_seeds=2)["steps"], "v1", REWARDS)
     first, second = (Replay(found, key=("a", 1)).sample(32) for _ in range(2))
-    assert all((a == b).all() for a, b in zip(first, second))
+    names = ("obs", "mask", "action", "reward", "discount", "next_obs", "next_mask", "forced", "weight", "to_go")
+    assert all((getattr(first, name) == getattr(second, name)).all() for name in names)
     probability = trajectory_probabilities(found, 0.1)
     assert probability.sum() == pytest.approx(1.0)
     scaled = (found.return_N - found.return_N.min()) / np.ptp(found.return_N)

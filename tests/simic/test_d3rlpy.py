@@ -234,8 +234,10 @@ def test_the_hierarchical_prior_of_a_flat_problem_changes_the_penalty_by_a_const
     batch = Replay(flat_problem(), key=(0,)).rows()
     with seeded(0):
         net = nets.tree(None)
+    entries = net(batch.obs)
+    taken = net.of_action(entries, batch.action)
     gaps = [
-        conservative_gap(net, net(batch.obs), batch, CqlRecipe(prior=prior)) for prior in ("leaves", "hierarchical")
+        conservative_gap(net, entries, taken, batch, CqlRecipe(prior=prior)) for prior in ("leaves", "hierarchical")
     ]
     torch.testing.assert_close(gaps[0] - gaps[1], torch.full_like(gaps[0], np.log(NUM_ACTIONS)))
 

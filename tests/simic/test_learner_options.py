@@ -200,7 +200,8 @@ def test_the_monte_carlo_bound_is_within_log_2_of_the_bound_of_every_action(prio
     with seeded(0):
         network = TreeNet(SMALL)
     recipe = CqlRecipe(network=SMALL, prior=prior, monte_carlo_bound=True)
-    gaps = conservative_gap(network, entries, batch, recipe).numpy()
+    taken = network.of_action(entries, batch.action)
+    gaps = conservative_gap(network, entries, taken, batch, recipe).numpy()
     for row in range(16):
         mask = data.mask_MT[row : row + 1]
         leaves = tree.enumerate_actions(mask[0])

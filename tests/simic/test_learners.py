@@ -82,8 +82,9 @@ def test_the_conservative_penalty_equals_brute_force_under_both_priors() -> None
     batch = Replay(data, key=(0,)).rows()
     entries = torch.randn(8, 185, generator=torch.Generator().manual_seed(0))
     network = TreeNet(SMALL)
+    taken = network.of_action(entries, batch.action)
     gaps = {
-        prior: conservative_gap(network, entries, batch, CqlRecipe(prior=prior)).numpy()
+        prior: conservative_gap(network, entries, taken, batch, CqlRecipe(prior=prior)).numpy()
         for prior in ("leaves", "hierarchical")
     }
     for row in range(8):

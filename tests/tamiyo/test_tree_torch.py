@@ -63,6 +63,9 @@ def test_reductions_equal_leyline_and_the_enumeration(seed: int) -> None:
     np.testing.assert_allclose(total, tree.tree_logsumexp(values, mask), atol=1e-5)
     np.testing.assert_allclose(total, [np.logaddexp.reduce(part) for part in brute], atol=1e-5)
     np.testing.assert_array_equal(tree_torch.argmax(values_t, mask_t).numpy(), tree.tree_argmax(values, mask))
+    other = torch.flip(values_t, dims=(1,))
+    at_best = tree_torch.path_sum(other, tree_torch.argmax(values_t, mask_t))
+    torch.testing.assert_close(tree_torch.at_argmax(other, values_t, mask_t), at_best)
 
 
 @settings(max_examples=15, deadline=None)
@@ -151,6 +154,22 @@ def test_stepwise_choice_of_the_best_below_is_the_best_leaf_and_raw_logits_favou
     logp = tree_torch.log_softmax(logits, mask)
     assert tree_torch.greedy(logp, mask)[0, 0] == Op.GERMINATE
     assert tree_torch.argmax(logp, mask)[0, 0] == Op.WAIT
+
+
+def test_the_log_probability_of_an_action_is_that_of_the_whole_policy_and_so_is_its_gradient() -> None:
+    for seed in range(20):
+        _, _, values, mask = case(seed)
+        logp = tree_torch.log_softmax(values, mask)
+        drawn = tree_torch.sample(logp, mask, torch.rand(ROWS, 8, generator=torch.Generator().manual_seed(seed)))
+        for actions in (drawn, drawn[:1].expand(ROWS, -1)):  # of another row: not valid in some
+            direct, whole = (values.clone().requires_grad_() for _ in range(2))
+            found = tree_torch.action_log_prob(direct, mask, actions)
+            expected = tree_torch.log_prob(tree_torch.log_softmax(whole, mask), actions)
+            torch.testing.assert_close(found, expected)
+            finite = torch.isfinite(expected)
+            found[finite].sum().backward()
+            expected[finite].sum().backward()
+            torch.testing.assert_close(direct.grad, whole.grad)
 
 
 def test_where_no_slot_is_open_or_there_is_no_row_everything_still_has_its_shape() -> None:
