@@ -49,7 +49,7 @@ def datagen(
     """Generate the episodes of a matrix and seal them as a version.
 
     What the store holds already is not run again, so the same command goes on after an interruption. Exit code 1
-    where an episode failed: everything else is stored and sealed by then.
+    where a planned episode has failed: everything else is stored and sealed by then.
 
     Args:
         matrix: Name of a matrix, or a TOML file.
@@ -226,9 +226,10 @@ def _print_generated(result: Generated, *, skeleton: bool) -> None:
     if skeleton:
         note("made up    no host was trained: training, ope, evaluate and pipeline refuse this dataset")
     note_verdict(version)
-    if result.failed_episodes:
+    failed = sum(result.progress["failed"].to_pylist())  # by earlier runs too
+    if failed:
         raise GenerationError(
-            f"{result.failed_episodes:,} of the planned episodes failed; the rest is stored, sealed as {version.ref}\n"
+            f"{failed:,} of the planned episodes failed; the rest is stored, sealed as {version.ref}\n"
             f'  their rows say why: esper sql "{FAILED_QUERY}" --dataset {version.ref}\n'
             "  --retry-failed runs them once more"
         )

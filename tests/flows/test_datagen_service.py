@@ -268,4 +268,8 @@ def test_where_every_episode_failed_nothing_is_checked_and_the_exit_code_is_1(li
     monkeypatch.setattr("esper.tolaria.rollout.run_cohort", fails)
     assert main(["datagen", "--matrix", "tiny", *HERE]) == 1
     assert "12 of the planned episodes failed" in capsys.readouterr().err
+    assert main(["datagen", "--matrix", "tiny", *HERE]) == 1, "the same command again, with nothing left to run"
+    said = capsys.readouterr()
+    assert "everything planned was there already" in said.out
+    assert "12 of the planned episodes failed" in said.err
     assert not list((library / "store/tiny/versions").glob("*.verdict.json"))
