@@ -34,7 +34,7 @@ accept: $(STAMP)
 	$(BIN)/python -m pytest -m slow -n $(JOBS) tests
 
 bench: $(STAMP)
-	for name in step epoch cohort workers datagen observe load store larger_than_memory growth_of_cohorts ; do \
+	for name in step epoch cohort workers datagen observe load store learners larger_than_memory growth_of_cohorts ; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1 ; \
 	done
 

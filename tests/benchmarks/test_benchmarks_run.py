@@ -21,6 +21,7 @@ NAMES = {
     "datagen": "datagen",
     "observe": "observe",
     "load": "load",
+    "learners": "learners",
     "store": "store",
     "growth_of_cohorts": "growth",
     "larger_than_memory": "larger-than-memory",
