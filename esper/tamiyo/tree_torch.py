@@ -122,6 +122,16 @@ def _below_op(op_NO: Tensor, slots_N4: Tensor) -> Tensor:
     return op_NO + nn.functional.pad(slots_N4, (1, 0))
 
 
+def log_sum_exp(values: Tensor) -> Tensor:
+    """Return log sum exp over dimension 1.
+
+    What lies 80 below the largest adds nothing in float32. It is lifted to there, since an exp that underflows, forward
+    or backward, takes ten times as long as one that does not.
+    """
+    largest = values.detach().amax(dim=1, keepdim=True)
+    return (values - largest).clamp(min=-80.0).exp().sum(dim=1).log() + largest.squeeze(1)
+
+
 def log_softmax(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return masked log-probabilities of each choice within its group, [N, T]; -inf where masked.
 
@@ -175,7 +185,7 @@ def action_log_prob(logits_NT: Tensor, mask_NT: Tensor, actions_NA: Tensor) -> T
 
 
 def _chosen(logits: Tensor, index: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=1).gather(1, index).squeeze(1)
+    return logits.gather(1, index).squeeze(1) - log_sum_exp(logits)
 
 
 class Kept(NamedTuple):
@@ -216,12 +226,17 @@ def _kept(open_slots: bytes) -> Kept:
     return Kept(columns.clamp(max=TREE_WIDTH - 1), padding, slots, places)
 
 
-def _open(values_NT: Tensor, mask_NT: Tensor) -> Open:
+def _closed(mask_NT: Tensor) -> tuple[Tensor, Kept]:
+    """Return which of the entries that are kept may not be taken, and what is kept."""
     check_some(mask_NT)
     kept = _kept(mask_NT.numpy()[:, SLOT_START:LEVER_START].any(axis=0).tobytes())
     closed = ~mask_NT.index_select(1, kept.columns)
     if kept.padding is not None:
         closed |= kept.padding
+    return closed, kept
+
+
+def _open(values_NT: Tensor, closed: Tensor, kept: Kept) -> Open:
     values = values_NT.index_select(1, kept.columns).masked_fill(closed, MASKED)
     num_slots, num_places = len(kept.slots), len(kept.places)
     first_lever = NUM_OPS + num_slots * (NUM_OPS - 1)
@@ -232,7 +247,7 @@ def _open(values_NT: Tensor, mask_NT: Tensor) -> Open:
 
 def reduce_tree(values_NT: Tensor, mask_NT: Tensor, reduce: Reduce) -> Tensor:
     """Return the reduction of additive leaf values over the valid leaves, [N]; `reduce` takes dimension 1."""
-    op, slot, lever, kept = _open(values_NT, mask_NT)
+    op, slot, lever, kept = _open(values_NT, *_closed(mask_NT))
     if len(kept.places):
         slot = _under(slot, _at_places(reduce(lever), kept))
     return reduce(_below_op(op, reduce(slot)))
@@ -255,7 +270,7 @@ def maximum(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
 def logsumexp(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return logsumexp over valid actions of the additive value, [N]."""
-    return reduce_tree(values_NT, mask_NT, lambda part: part.logsumexp(dim=1))
+    return reduce_tree(values_NT, mask_NT, log_sum_exp)
 
 
 def best_below(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -274,7 +289,7 @@ def greedy(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
     This is not the most probable leaf: a germination divides its probability among thousands of leaves, WAIT has one.
     """
-    return _greedy(_open(logits_NT, mask_NT))
+    return _greedy(_open(logits_NT, *_closed(mask_NT)))
 
 
 def _greedy(opened: Open) -> Tensor:
@@ -297,7 +312,7 @@ def _largest(values: Tensor) -> Tensor:
 
 def argmax(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return the valid action with the greatest additive value, int8 [N, A]."""
-    opened = _open(values_NT, mask_NT)
+    opened = _open(values_NT, *_closed(mask_NT))
     slot = opened.slot
     if len(opened.kept.places):
         slot = _under(slot, _at_places(_amax(opened.lever), opened.kept))
@@ -306,8 +321,9 @@ def argmax(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
 def at_argmax(values_NT: Tensor, chosen_by_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return the additive value of the valid action that is greatest by `chosen_by_NT`, [N]."""
-    op, slot, lever, kept = _open(values_NT, mask_NT)
-    by = _open(chosen_by_NT, mask_NT)
+    closed, kept = _closed(mask_NT)
+    op, slot, lever, _ = _open(values_NT, closed, kept)
+    by = _open(chosen_by_NT, closed, kept)
     by_slot = by.slot
     if len(kept.places):
         lever, by_lever = _at_largest(lever, by.lever)
