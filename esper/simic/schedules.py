@@ -53,16 +53,18 @@ def candidate_schedules(environment: EnvironmentSpec, *, limit: int = MAX_CANDID
 
 
 def describe(schedule: FixedSchedule) -> str:
-    """Return a schedule in words, for tables."""
-    births = sorted({plant.birth_epoch for plant in schedule.plants})
-    blueprints = sorted({plant.blueprint for plant in schedule.plants})
-    if len(births) == 1 and len(blueprints) == 1:
+    """Return a schedule in words, for tables; a blend of the usual length is not mentioned."""
+    kinds = {(plant.blueprint, plant.birth_epoch, plant.tempo_epochs) for plant in schedule.plants}
+    if len(kinds) == 1:
         slots = ", ".join(str(plant.slot) for plant in schedule.plants)
-        noun = "slot" if len(schedule.plants) == 1 else "slots"
-        return f"{blueprints[0]} in {noun} {slots} at epoch {births[0]}"
-    return "; ".join(
-        f"{plant.blueprint} in slot {plant.slot} at epoch {plant.birth_epoch}" for plant in schedule.plants
-    )
+        return _planted(schedule.plants[0], f"{'slot' if len(schedule.plants) == 1 else 'slots'} {slots}")
+    return "; ".join(_planted(plant, f"slot {plant.slot}") for plant in schedule.plants)
+
+
+def _planted(plant: Plant, where: str) -> str:
+    usual = plant.tempo_epochs == Plant.model_fields["tempo_epochs"].default
+    blended = "" if usual else f", blended over {plant.tempo_epochs} epochs"
+    return f"{plant.blueprint} in {where} at epoch {plant.birth_epoch}{blended}"
 
 
 def _site_lists(slots: Sequence[int]) -> Iterator[tuple[Site, ...]]:

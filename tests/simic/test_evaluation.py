@@ -337,6 +337,8 @@ def test_schedules_are_described_in_words():
     names = {describe(schedule) for schedule in candidate_schedules(gap(), limit=100)}
     assert "conv_heavy in slot 0 at epoch 2" in names
     assert "conv_light in slots 0, 2 at epoch 0" in names
+    slow = {describe(schedule) for schedule in candidate_schedules(gap(tempos=(8, 12)), limit=100)}
+    assert "conv_heavy in slot 0 at epoch 2, blended over 8 epochs" in slow
 
 
 TINY = """
