@@ -39,6 +39,10 @@ class Batch:
     def _states(self, state_N: Ints) -> Tensor:
         return torch.from_numpy(self._replay.data.obs_MV[state_N[self._index]])
 
+    def _rows(self, values: Tensor) -> Tensor:
+        at = self._at
+        return values.index_select(0, at) if isinstance(at, Tensor) else values[at]
+
     def _masks(self, state_N: Ints) -> Tensor:
         return torch.from_numpy(self._replay.masks[state_N[self._index]])
 
@@ -55,17 +59,17 @@ class Batch:
     @cached_property
     def action(self) -> Tensor:
         """Canonical actions."""
-        return self._replay.action[self._at]
+        return self._rows(self._replay.action)
 
     @cached_property
     def reward(self) -> Tensor:
         """Rewards before the bootstrap."""
-        return self._replay.reward[self._at]
+        return self._rows(self._replay.reward)
 
     @cached_property
     def discount(self) -> Tensor:
         """Weight of the bootstrap."""
-        return self._replay.discount[self._at]
+        return self._rows(self._replay.discount)
 
     @cached_property
     def next_obs(self) -> Inputs:
@@ -80,17 +84,17 @@ class Batch:
     @cached_property
     def forced(self) -> Tensor:
         """Whether there was no choice."""
-        return self._replay.forced[self._at]
+        return self._rows(self._replay.forced)
 
     @cached_property
     def weight(self) -> Tensor:
         """Weights of the rows."""
-        return self._replay.weight[self._at]
+        return self._rows(self._replay.weight)
 
     @cached_property
     def to_go(self) -> Tensor:
         """What the episode went on to earn."""
-        return self._replay.to_go[self._at]
+        return self._rows(self._replay.to_go)
 
 
 def trajectory_probabilities(transitions: Transitions, temperature: float) -> Floats:
