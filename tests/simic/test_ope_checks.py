@@ -302,6 +302,7 @@ def test_regret_and_sharpe_of_perfect_and_reversed_rankings() -> None:
     live = np.array([5.0, 1.0, 3.0])
     assert (regret_at(live, live, 1), regret_at(-live, live, 1), regret_at(-live, live, 3)) == (0.0, 4.0, 0.0)
     assert sharpe_at(live, live, 1.0, 2) == pytest.approx(4.0 / 1.0)
+    assert sharpe_at(live, np.array([1.3, 1.3 + 3e-16, 1.3, 0.0]), 1.0, 3) is None
 
 
 def test_a_missing_distribution_is_named(logged: Logged, tmp_path: Path) -> None:

@@ -46,11 +46,12 @@ def regret_at(estimate: Floats, live: Floats, k: int) -> float:
 def sharpe_at(estimate: Floats, live: Floats, reference: float, k: int) -> float | None:
     """Return (best live return among the k highest estimates - reference) / their standard deviation.
 
-    SharpeRatio@k of Kiyohara et al. 2023; None where the deviation is 0 (one policy, or equal returns).
+    SharpeRatio@k of Kiyohara et al. 2023; None where the returns are one policy's or equal but for rounding.
     """
     chosen = live[np.argsort(-estimate, kind="stable")[:k]]
-    spread = float(chosen.std())
-    return float((chosen.max() - reference) / spread) if spread > 0 else None
+    if np.allclose(chosen, chosen[0], rtol=1e-12, atol=1e-12):
+        return None
+    return float((chosen.max() - reference) / chosen.std())
 
 
 def ranking_quality(
