@@ -25,7 +25,7 @@ from esper.leyline.actions import (
     slot_slice,
 )
 from esper.leyline.errors import MaskError, SpecError
-from esper.tamiyo import tree_torch
+from esper.tamiyo import tree_blocks, tree_torch
 
 MAX_LEAVES = 4096
 
@@ -80,7 +80,7 @@ class Leaves(nn.Module):
 
     def valid(self, mask_NT: Tensor) -> Tensor:
         """Return which leaves the masks allow, bool [N, L]; MaskError where a row allows none of them."""
-        tree_torch.check_some(mask_NT)
+        tree_blocks.check_some(mask_NT)
         entries, read = self._paths()
         allowed = (mask_NT[:, entries] | ~read).all(dim=2)
         if not bool(allowed.any(dim=1).all()):
@@ -88,7 +88,7 @@ class Leaves(nn.Module):
         return allowed
 
     def _masked(self, entries_NL: Tensor, mask_NT: Tensor) -> Tensor:
-        return entries_NL.masked_fill(~self.valid(mask_NT), tree_torch.MASKED)
+        return entries_NL.masked_fill(~self.valid(mask_NT), tree_blocks.MASKED)
 
     def of_action(self, entries_NL: Tensor, actions_NA: Tensor) -> Tensor:
         """Return the entry of each canonical action, [N]."""
@@ -109,7 +109,7 @@ class Leaves(nn.Module):
         if prior_NT is not None:
             entries, read = self._paths()
             log_rho = prior_NT[:, entries].masked_fill(~read, 0.0).sum(dim=2)
-            masked = masked + log_rho.clamp(min=tree_torch.MASKED)
+            masked = masked + log_rho.clamp(min=tree_blocks.MASKED)
         return masked.logsumexp(dim=1)
 
     def log_prob(self, entries_NL: Tensor, mask_NT: Tensor, actions_NA: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class Leaves(nn.Module):
     def best_below(self, entries_NL: Tensor, mask_NT: Tensor) -> Tensor:
         """Return for each choice the greatest entry among the valid leaves that pass it, [N, TREE_WIDTH]."""
         masked = self._masked(entries_NL, mask_NT)
-        out = masked.new_full((len(masked), TREE_WIDTH + 1), tree_torch.MASKED)
+        out = masked.new_full((len(masked), TREE_WIDTH + 1), tree_blocks.MASKED)
         for place in self._columns():
             out = out.scatter_reduce(1, place.expand(len(masked), -1), masked, "amax")
         return out[:, :TREE_WIDTH].masked_fill(~mask_NT, 0.0)

@@ -1,9 +1,7 @@
 """Exact operations on the action tree in torch: the twins of `esper.leyline.tree` that a gradient can pass.
 
-All take flat tensors of TREE_WIDTH entries and work on three blocks, so that no operation loops over choices. The
-alternatives of a choice lie along dimension 1 (a softmax over a short last dimension is ten times slower):
-
-    op [N, 5] | slot, by op [N, 6, 4] | value of a lever, padded to the widest, by slot and lever [N, 8, 6, 6]
+All take flat tensors of TREE_WIDTH entries and work on the blocks of `tree_blocks`, so that no operation loops over choices
+(a softmax over a short last dimension is ten times slower than one over dimension 1).
 
 Masked entries are filled with a large finite number before anything is computed, so that a group with every choice
 masked has a gradient of exactly 0, never NaN. Shape suffixes as in `esper.leyline.actions`.
@@ -12,95 +10,39 @@ masked has a gradient of exactly 0, never NaN. Shape suffixes as in `esper.leyli
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esper.leyline.actions import (
-    ACTION_WIDTH,
-    LEVER_SIZES,
-    LEVER_START,
-    LEVERS,
-    MAX_SLOTS,
-    NUM_LEVER_CHOICES,
-    NUM_OPS,
-    OP_SLICE,
-    SLOT_START,
-    TREE_WIDTH,
-    Op,
-    lever_slice,
-)
+from esper.leyline.actions import ACTION_WIDTH, LEVERS, MAX_SLOTS, NUM_OPS, TREE_WIDTH, Op
 from esper.leyline.actions import entries_of as paths_of
-from esper.leyline.errors import MaskError
+from esper.tamiyo.tree_blocks import (
+    LEVER_BLOCK,
+    MASKED,
+    OPS,
+    SLOTS,
+    Kept,
+    Open,
+    Parts,
+    check_some,
+    closed_entries,
+    join,
+    open_blocks,
+    split,
+)
 
-MASKED = -1e30
-"""Stands for minus infinity inside: sums of seven of them stay finite in float32, and their exp is exactly 0."""
-
-_WIDEST = max(LEVER_SIZES)
 _GERMINATE = int(Op.GERMINATE) - 1
 
 
-def _lever_indices() -> tuple[Tensor, Tensor]:
-    """Return the flat entry of each place of the lever block (TREE_WIDTH: padding), and the place of each entry."""
-    block = torch.full((_WIDEST, MAX_SLOTS, len(LEVERS)), TREE_WIDTH)
-    for slot in range(MAX_SLOTS):
-        for lever, size in enumerate(LEVER_SIZES):
-            part = lever_slice(slot, lever)
-            block[:size, slot, lever] = torch.arange(part.start, part.stop)
-    flat = block.flatten()
-    return flat, flat.argsort()[: MAX_SLOTS * NUM_LEVER_CHOICES]
-
-
-_PAD, _UNPAD = _lever_indices()
-_OPS = torch.arange(NUM_OPS)
-_SLOTS = torch.arange(SLOT_START, LEVER_START).view(NUM_OPS - 1, MAX_SLOTS).t()
-_LEVERS = _PAD.view(_WIDEST, MAX_SLOTS, len(LEVERS))
 _FIRST = np.zeros((NUM_OPS * MAX_SLOTS, ACTION_WIDTH), dtype=np.int8)
 _FIRST[:, 0], _FIRST[:, 1] = np.divmod(np.arange(len(_FIRST)), MAX_SLOTS)
 _PATHS, _READ = (torch.from_numpy(part) for part in paths_of(_FIRST))
 """By op and slot the entries that an action with the first value of every lever passes, and which it reads."""
-_OP_AND_SLOTS = torch.cat([_OPS.expand(NUM_OPS, -1), _SLOTS.t()[_OPS.sub(1).clamp(min=0)]], dim=1)
+_OP_AND_SLOTS = torch.cat([OPS.expand(NUM_OPS, -1), SLOTS.t()[OPS.sub(1).clamp(min=0)]], dim=1)
 """By op the entries of all ops, then those of its slots (WAIT has none: those of another op stand there)."""
 
 Reduce = Callable[[Tensor], Tensor]
-
-
-class Parts(NamedTuple):
-    """The three blocks of a flat tensor."""
-
-    op: Tensor
-    slot: Tensor
-    lever: Tensor
-
-
-def check_some(mask_NT: Tensor) -> None:
-    """Raise MaskError unless every row has TREE_WIDTH entries and allows an op."""
-    if mask_NT.ndim != 2 or mask_NT.shape[1] != TREE_WIDTH:
-        raise MaskError(f"mask has shape {tuple(mask_NT.shape)}\n  expected: [N, {TREE_WIDTH}]")
-    live = mask_NT[:, OP_SLICE].any(dim=1)
-    if not bool(live.all()):
-        row = int(torch.nonzero(~live)[0])
-        raise MaskError(f"row {row} of the mask allows no action\n  expected: WAIT is always valid")
-
-
-def split(values_NT: Tensor, pad: float) -> Parts:
-    """Return the blocks of flat entries; the padding of the levers is `pad`."""
-    num = len(values_NT)
-    padded = nn.functional.pad(values_NT, (0, 1), value=pad)
-    return Parts(
-        values_NT[:, OP_SLICE],
-        values_NT[:, SLOT_START:LEVER_START].reshape(num, NUM_OPS - 1, MAX_SLOTS).transpose(1, 2),
-        padded.index_select(1, _PAD).reshape(num, *_LEVERS.shape),
-    )
-
-
-def join(parts: Parts) -> Tensor:
-    """Return the flat entries of three blocks: the inverse of `split`."""
-    lever = parts.lever.flatten(1).index_select(1, _UNPAD)
-    return torch.cat([parts.op, parts.slot.transpose(1, 2).flatten(1), lever], dim=1)
 
 
 def _masked(values_NT: Tensor, mask_NT: Tensor) -> Parts:
@@ -177,7 +119,7 @@ def action_log_prob(logits_NT: Tensor, mask_NT: Tensor, actions_NA: Tensor) -> T
     total = total + _chosen(logits[:, NUM_OPS:], act[:, 1:2]).masked_fill(op == Op.WAIT, 0.0)
     rows = torch.nonzero(op == Op.GERMINATE).squeeze(1)
     if len(rows):
-        levers = _LEVERS[:, act[rows, 1]].transpose(0, 1)
+        levers = LEVER_BLOCK[:, act[rows, 1]].transpose(0, 1)
         at = (rows[:, None, None], levers.clamp(max=TREE_WIDTH - 1))
         logits = logits_NT[at].masked_fill(~mask_NT[at] | (levers == TREE_WIDTH), MASKED)
         total = total.index_add(0, rows, _chosen(logits, act[rows, 2:].unsqueeze(1)).sum(dim=1))
@@ -188,66 +130,9 @@ def _chosen(logits: Tensor, index: Tensor) -> Tensor:
     return logits.gather(1, index).squeeze(1) - log_sum_exp(logits)
 
 
-class Kept(NamedTuple):
-    """The entries of a batch without the slots that are closed in every row.
-
-    Attributes:
-        columns: Flat entries of the op, slot and lever blocks, one after the other; padding names the last entry.
-        padding: Which of them are padding; None where none is.
-        slots: The slots in which some row may act, and the first one in any case, [S].
-        places: Which of those some row may germinate in, [G].
-    """
-
-    columns: Tensor
-    padding: Tensor | None
-    slots: Tensor
-    places: Tensor
-
-
-class Open(NamedTuple):
-    """The masked blocks of what is kept: [N, 5], [N, S, 4] and [N, 8, G, 6]."""
-
-    op: Tensor
-    slot: Tensor
-    lever: Tensor
-    kept: Kept
-
-
-@lru_cache(maxsize=1024)
-def _kept(open_slots: bytes) -> Kept:
-    """Return what is kept where some row may take these slot choices, a bool each."""
-    by_op = torch.frombuffer(bytearray(open_slots), dtype=torch.bool).view(NUM_OPS - 1, MAX_SLOTS)
-    acting = by_op.any(dim=0)
-    acting[0] = True  # so that no reduction is over nothing
-    slots = torch.nonzero(acting).squeeze(1)
-    places = torch.nonzero(by_op[_GERMINATE, slots]).squeeze(1)
-    columns = torch.cat([_OPS, _SLOTS[slots].flatten(), _LEVERS[:, slots[places]].flatten()])
-    padding = (columns == TREE_WIDTH) if len(places) else None
-    return Kept(columns.clamp(max=TREE_WIDTH - 1), padding, slots, places)
-
-
-def _closed(mask_NT: Tensor) -> tuple[Tensor, Kept]:
-    """Return which of the entries that are kept may not be taken, and what is kept."""
-    check_some(mask_NT)
-    kept = _kept(mask_NT.numpy()[:, SLOT_START:LEVER_START].any(axis=0).tobytes())
-    closed = ~mask_NT.index_select(1, kept.columns)
-    if kept.padding is not None:
-        closed |= kept.padding
-    return closed, kept
-
-
-def _open(values_NT: Tensor, closed: Tensor, kept: Kept) -> Open:
-    values = values_NT.index_select(1, kept.columns).masked_fill(closed, MASKED)
-    num_slots, num_places = len(kept.slots), len(kept.places)
-    first_lever = NUM_OPS + num_slots * (NUM_OPS - 1)
-    slot = values[:, NUM_OPS:first_lever].reshape(len(values), num_slots, NUM_OPS - 1)
-    lever = values[:, first_lever:].reshape(len(values), _WIDEST, num_places, len(LEVERS))
-    return Open(values[:, :NUM_OPS], slot, lever, kept)
-
-
 def reduce_tree(values_NT: Tensor, mask_NT: Tensor, reduce: Reduce) -> Tensor:
     """Return the reduction of additive leaf values over the valid leaves, [N]; `reduce` takes dimension 1."""
-    op, slot, lever, kept = _open(values_NT, *_closed(mask_NT))
+    op, slot, lever, kept = open_blocks(values_NT, *closed_entries(mask_NT))
     if len(kept.places):
         slot = _under(slot, _at_places(reduce(lever), kept))
     return reduce(_below_op(op, reduce(slot)))
@@ -289,7 +174,7 @@ def greedy(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
     This is not the most probable leaf: a germination divides its probability among thousands of leaves, WAIT has one.
     """
-    return _greedy(_open(logits_NT, *_closed(mask_NT)))
+    return _greedy(open_blocks(logits_NT, *closed_entries(mask_NT)))
 
 
 def _greedy(opened: Open) -> Tensor:
@@ -312,7 +197,7 @@ def _largest(values: Tensor) -> Tensor:
 
 def argmax(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return the valid action with the greatest additive value, int8 [N, A]."""
-    opened = _open(values_NT, *_closed(mask_NT))
+    opened = open_blocks(values_NT, *closed_entries(mask_NT))
     slot = opened.slot
     if len(opened.kept.places):
         slot = _under(slot, _at_places(_amax(opened.lever), opened.kept))
@@ -321,9 +206,9 @@ def argmax(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
 def at_argmax(values_NT: Tensor, chosen_by_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return the additive value of the valid action that is greatest by `chosen_by_NT`, [N]."""
-    closed, kept = _closed(mask_NT)
-    op, slot, lever, _ = _open(values_NT, closed, kept)
-    by = _open(chosen_by_NT, closed, kept)
+    closed, kept = closed_entries(mask_NT)
+    op, slot, lever, _ = open_blocks(values_NT, closed, kept)
+    by = open_blocks(chosen_by_NT, closed, kept)
     by_slot = by.slot
     if len(kept.places):
         lever, by_lever = _at_largest(lever, by.lever)

@@ -10,7 +10,7 @@ from esper.leyline import tree
 from esper.leyline.actions import LEVERS, MAX_SLOTS, TREE_WIDTH, Op, check_mask, lever_slice, slot_slice
 from esper.leyline.errors import MaskError
 from esper.leyline.keys import numpy_generator
-from esper.tamiyo import tree_torch
+from esper.tamiyo import tree_blocks, tree_torch
 
 ROWS = 6
 
@@ -100,7 +100,7 @@ def test_samples_and_their_log_probability_equal_leyline(seed: int) -> None:
 
 def test_split_and_join_are_inverse() -> None:
     flat = torch.arange(2.0 * TREE_WIDTH).reshape(2, TREE_WIDTH)
-    assert torch.equal(tree_torch.join(tree_torch.split(flat, 0.0)), flat)
+    assert torch.equal(tree_blocks.join(tree_blocks.split(flat, 0.0)), flat)
 
 
 def test_an_action_that_is_not_valid_has_log_probability_minus_infinity() -> None:
