@@ -1,7 +1,7 @@
 """Exact operations on the action tree in torch: the twins of `esper.leyline.tree` that a gradient can pass.
 
-All take flat tensors of TREE_WIDTH entries and work on the blocks of `tree_blocks`, so that no operation loops over choices
-(a softmax over a short last dimension is ten times slower than one over dimension 1).
+All take flat tensors of TREE_WIDTH entries and work on the blocks of `tree_blocks`, so that no operation loops over
+choices (a softmax over a short last dimension is ten times slower than one over dimension 1).
 
 Masked entries are filled with a large finite number before anything is computed, so that a group with every choice
 masked has a gradient of exactly 0, never NaN. Shape suffixes as in `esper.leyline.actions`.
