@@ -23,9 +23,10 @@ from pathlib import Path
 from flows.ending import ending_when_told
 interrupts = 0
 with ending_when_told(float(sys.argv[1])):
-    Path("ready").touch()
     while True:
         try:
+            if not interrupts:
+                Path("ready").touch()  # within the try: the signal may follow at once
             time.sleep(60)
         except KeyboardInterrupt:
             interrupts += 1
