@@ -28,7 +28,7 @@ from esper.leyline.actions import MAX_SLOTS, NUM_LEVER_CHOICES, NUM_OPS
 from esper.leyline.errors import SpecError
 from esper.leyline.spec_base import Spec
 from esper.leyline.views import EMBEDDED_BLUEPRINTS, NUM_GLOBAL_V4, NUM_SLOT_V4, VIEWS
-from esper.tamiyo import tree_torch
+from esper.tamiyo import tree_gradients, tree_torch
 from esper.tamiyo.leaves import Leaves
 
 NUM_GLOBAL_V3 = 23
@@ -335,7 +335,7 @@ class TreeNet(nn.Module):
             return self.leaves.log_sum(entries, mask_NT, prior_NT)
         if prior_NT is not None:
             entries = entries + prior_NT.masked_fill(~mask_NT, 0.0)
-        return tree_torch.logsumexp(entries, mask_NT)
+        return tree_gradients.logsumexp(entries, mask_NT)
 
     def logits_of(self, entries: Tensor, mask_NT: Tensor) -> Tensor:
         """Return the logits by choice of the policy that entries stand for, float32 [N, TREE_WIDTH]."""
@@ -357,7 +357,7 @@ class TreeNet(nn.Module):
         """Return the joint log-probability of canonical actions that a policy (`logits`) is trained by, [N]."""
         if self.leaves is not None and self.spec.head == "logits":
             return self.leaves.log_prob(self(obs), mask_NT, actions_NA)
-        return tree_torch.action_log_prob(self.logits(obs, mask_NT), mask_NT, actions_NA)
+        return tree_gradients.action_log_prob(self.logits(obs, mask_NT), mask_NT, actions_NA)
 
 
 def _start_small(last: nn.Linear) -> None:

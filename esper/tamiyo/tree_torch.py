@@ -9,40 +9,31 @@ masked has a gradient of exactly 0, never NaN. Shape suffixes as in `esper.leyli
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esper.leyline.actions import ACTION_WIDTH, LEVERS, MAX_SLOTS, NUM_OPS, TREE_WIDTH, Op
+from esper.leyline.actions import ACTION_WIDTH, LEVERS, MAX_SLOTS, NUM_OPS, Op
 from esper.leyline.actions import entries_of as paths_of
 from esper.tamiyo.tree_blocks import (
-    LEVER_BLOCK,
     MASKED,
-    OPS,
-    SLOTS,
     Kept,
     Open,
     Parts,
     check_some,
-    closed_entries,
     join,
     open_blocks,
+    open_choices,
     split,
 )
 
 _GERMINATE = int(Op.GERMINATE) - 1
-
+_GERMINATES = torch.tensor([_GERMINATE])
 
 _FIRST = np.zeros((NUM_OPS * MAX_SLOTS, ACTION_WIDTH), dtype=np.int8)
 _FIRST[:, 0], _FIRST[:, 1] = np.divmod(np.arange(len(_FIRST)), MAX_SLOTS)
 _PATHS, _READ = (torch.from_numpy(part) for part in paths_of(_FIRST))
 """By op and slot the entries that an action with the first value of every lever passes, and which it reads."""
-_OP_AND_SLOTS = torch.cat([OPS.expand(NUM_OPS, -1), SLOTS.t()[OPS.sub(1).clamp(min=0)]], dim=1)
-"""By op the entries of all ops, then those of its slots (WAIT has none: those of another op stand there)."""
-
-Reduce = Callable[[Tensor], Tensor]
 
 
 def _masked(values_NT: Tensor, mask_NT: Tensor) -> Parts:
@@ -62,16 +53,6 @@ def _under(slot_NSO: Tensor, germinate_NS: Tensor) -> Tensor:
 def _below_op(op_NO: Tensor, slots_N4: Tensor) -> Tensor:
     """Add what lies below an op, which WAIT does not have."""
     return op_NO + nn.functional.pad(slots_N4, (1, 0))
-
-
-def log_sum_exp(values: Tensor) -> Tensor:
-    """Return log sum exp over dimension 1.
-
-    What lies 80 below the largest adds nothing in float32. It is lifted to there, since an exp that underflows, forward
-    or backward, takes ten times as long as one that does not.
-    """
-    largest = values.detach().amax(dim=1, keepdim=True)
-    return (values - largest).clamp(min=-80.0).exp().sum(dim=1).log() + largest.squeeze(1)
 
 
 def log_softmax(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -108,54 +89,19 @@ def log_prob(logp_NT: Tensor, actions_NA: Tensor) -> Tensor:
     return path_sum(logp_NT, actions_NA)
 
 
-def action_log_prob(logits_NT: Tensor, mask_NT: Tensor, actions_NA: Tensor) -> Tensor:
-    """Return log pi(a) of canonical actions, [N]: `log_prob` of `log_softmax`, from their own choices alone."""
-    check_some(mask_NT)
-    act = actions_NA.long()
-    op = act[:, 0]
-    columns = _OP_AND_SLOTS.index_select(0, op)
-    logits = logits_NT.gather(1, columns).masked_fill(~mask_NT.gather(1, columns), MASKED)
-    total = _chosen(logits[:, :NUM_OPS], act[:, :1])
-    total = total + _chosen(logits[:, NUM_OPS:], act[:, 1:2]).masked_fill(op == Op.WAIT, 0.0)
-    rows = torch.nonzero(op == Op.GERMINATE).squeeze(1)
-    if len(rows):
-        levers = LEVER_BLOCK[:, act[rows, 1]].transpose(0, 1)
-        at = (rows[:, None, None], levers.clamp(max=TREE_WIDTH - 1))
-        logits = logits_NT[at].masked_fill(~mask_NT[at] | (levers == TREE_WIDTH), MASKED)
-        total = total.index_add(0, rows, _chosen(logits, act[rows, 2:].unsqueeze(1)).sum(dim=1))
-    return total.masked_fill(total < MASKED / 2, -torch.inf)
-
-
-def _chosen(logits: Tensor, index: Tensor) -> Tensor:
-    return logits.gather(1, index).squeeze(1) - log_sum_exp(logits)
-
-
-def reduce_tree(values_NT: Tensor, mask_NT: Tensor, reduce: Reduce) -> Tensor:
-    """Return the reduction of additive leaf values over the valid leaves, [N]; `reduce` takes dimension 1."""
-    op, slot, lever, kept = open_blocks(values_NT, *closed_entries(mask_NT))
-    if len(kept.places):
-        slot = _under(slot, _at_places(reduce(lever), kept))
-    return reduce(_below_op(op, reduce(slot)))
-
-
-def _at_places(lever_NGL: Tensor, kept: Kept) -> Tensor:
-    """Return the sum over the levers of each slot that is kept, [N, S]; 0 where no row may germinate."""
-    levers_NG = lever_NGL.sum(dim=-1)
-    return levers_NG.new_zeros((len(levers_NG), len(kept.slots))).index_copy(1, kept.places, levers_NG)
-
-
-def _amax(values: Tensor) -> Tensor:
-    return values.amax(dim=1)
-
-
 def maximum(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return max over valid actions of the additive value, [N]."""
-    return reduce_tree(values_NT, mask_NT, _amax)
+    choices = open_choices(mask_NT)
+    return _with_best_levers(open_blocks(values_NT, choices), choices.kept).op.amax(dim=0)
 
 
-def logsumexp(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
-    """Return logsumexp over valid actions of the additive value, [N]."""
-    return reduce_tree(values_NT, mask_NT, log_sum_exp)
+def _with_best_levers(opened: Open, kept: Kept) -> Open:
+    """Return the blocks with the best that lies below it added to every op and slot choice."""
+    op, slot, lever = opened
+    if len(kept.places):
+        below_GN = lever.amax(dim=0).sum(dim=1)
+        slot = slot.index_put((kept.places, _GERMINATES.expand(len(kept.places))), below_GN, accumulate=True)
+    return Open(op + nn.functional.pad(slot.amax(dim=0), (0, 0, 1, 0)), slot, lever)
 
 
 def best_below(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
@@ -174,53 +120,50 @@ def greedy(logits_NT: Tensor, mask_NT: Tensor) -> Tensor:
 
     This is not the most probable leaf: a germination divides its probability among thousands of leaves, WAIT has one.
     """
-    return _greedy(open_blocks(logits_NT, *closed_entries(mask_NT)))
+    choices = open_choices(mask_NT)
+    return _greedy(open_blocks(logits_NT, choices), choices.kept)
 
 
-def _greedy(opened: Open) -> Tensor:
-    kept = opened.kept
+def _greedy(opened: Open, kept: Kept) -> Tensor:
     op_N = _largest(opened.op)
-    place_N = _slot_of(op_N, _largest(opened.slot))
+    place_N = _slot_of(op_N, _largest(opened.slot).t())
     slot_N = kept.slots[place_N] * (op_N != Op.WAIT)
     if not len(kept.places):
         return _with_levers(op_N, slot_N, op_N.new_zeros((len(op_N), len(LEVERS))))
     lever = torch.zeros(len(kept.slots), dtype=torch.int64)
     lever[kept.places] = torch.arange(len(kept.places))
-    lever_NVL = opened.lever[torch.arange(len(op_N)), :, lever[place_N]]
-    return _with_levers(op_N, slot_N, _largest(lever_NVL))
+    lever_NVL = opened.lever[:, lever[place_N], :, torch.arange(len(op_N))]
+    return _with_levers(op_N, slot_N, _largest(lever_NVL.transpose(0, 1)))
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Return `values.argmax(dim=1)`, whose kernel is up to fifteen times slower than that of `max`."""
-    return values.max(dim=1).indices
+    """Return `values.argmax(dim=0)`, whose kernel is up to fifteen times slower than that of `max`."""
+    return values.max(dim=0).indices
 
 
 def argmax(values_NT: Tensor, mask_NT: Tensor) -> Tensor:
     """Return the valid action with the greatest additive value, int8 [N, A]."""
-    opened = open_blocks(values_NT, *closed_entries(mask_NT))
-    slot = opened.slot
-    if len(opened.kept.places):
-        slot = _under(slot, _at_places(_amax(opened.lever), opened.kept))
-    return _greedy(opened._replace(op=_below_op(opened.op, _amax(slot)), slot=slot))
+    choices = open_choices(mask_NT)
+    return _greedy(_with_best_levers(open_blocks(values_NT, choices), choices.kept), choices.kept)
 
 
+@torch.no_grad()
 def at_argmax(values_NT: Tensor, chosen_by_NT: Tensor, mask_NT: Tensor) -> Tensor:
-    """Return the additive value of the valid action that is greatest by `chosen_by_NT`, [N]."""
-    closed, kept = closed_entries(mask_NT)
-    op, slot, lever, _ = open_blocks(values_NT, closed, kept)
-    by = open_blocks(chosen_by_NT, closed, kept)
-    by_slot = by.slot
-    if len(kept.places):
-        lever, by_lever = _at_largest(lever, by.lever)
-        slot, by_slot = _under(slot, _at_places(lever, kept)), _under(by_slot, _at_places(by_lever, kept))
-    below, by_below = _at_largest(slot, by_slot)
-    return _at_largest(_below_op(op, below), _below_op(by.op, by_below))[0]
+    """Return the additive value of the valid action that is greatest by `chosen_by_NT`, [N], without gradient."""
+    choices = open_choices(mask_NT)
+    op, slot, lever = open_blocks(values_NT, choices)
+    by_op, by_slot, by_lever = open_blocks(chosen_by_NT, choices)
+    for slots, levers in zip((slot, by_slot), _at_largest(lever, by_lever)):
+        slots[:, _GERMINATE].index_add_(0, choices.kept.places, levers.sum(dim=1))
+    for ops, slots in zip((op, by_op), _at_largest(slot, by_slot)):
+        ops[1:] += slots
+    return _at_largest(op, by_op)[0]
 
 
 def _at_largest(values: Tensor, chosen_by: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both along dimension 1 at the greatest entry of the second."""
-    largest = chosen_by.max(dim=1)
-    return values.gather(1, largest.indices.unsqueeze(1)).squeeze(1), largest.values
+    """Return both along dimension 0 at the greatest entry of the second, the largest value where several are."""
+    largest = chosen_by.amax(dim=0)
+    return (values + (chosen_by < largest) * MASKED).amax(dim=0), largest
 
 
 def sample(logp_NT: Tensor, mask_NT: Tensor, uniforms_NA: Tensor) -> Tensor:

@@ -54,8 +54,13 @@ def test_a_step_of_the_engine_is_a_step_of_the_plain_loop(family, dtype):
     assert metrics.train_accuracy == accuracy
     assert metrics.train_loss == pytest.approx(loss, rel=TOLERANCE[dtype])
     host = lineage.network.host.state_dict().values()
-    for start, ours, theirs in zip(before, host, network.state_dict().values(), strict=True):
+    after = list(network.state_dict().values())
+    moved = [(end - start).abs().max() for start, end in zip(before, after) if end.is_floating_point()]
+    # A gradient is a sum: where its terms cancel, it is known to within a rounding of the terms, not of itself.
+    rounding = 16 * torch.finfo(dtype).eps * max(moved)
+    for start, ours, theirs in zip(before, host, after, strict=True):
         if theirs.is_floating_point():
-            moved = (theirs - start).abs().max()
-            assert moved > 0
-            assert (ours - theirs).abs().max() <= TOLERANCE[dtype] * max(moved, theirs.abs().max())
+            distance = (theirs - start).abs().max()
+            assert distance > 0
+            allowed = TOLERANCE[dtype] * max(distance, theirs.abs().max()) + rounding
+            assert (ours - theirs).abs().max() <= allowed

@@ -10,7 +10,7 @@ from esper.leyline import tree
 from esper.leyline.actions import LEVERS, MAX_SLOTS, TREE_WIDTH, Op, check_mask, lever_slice, slot_slice
 from esper.leyline.errors import MaskError
 from esper.leyline.keys import numpy_generator
-from esper.tamiyo import tree_blocks, tree_torch
+from esper.tamiyo import tree_blocks, tree_gradients, tree_torch
 
 ROWS = 6
 
@@ -59,7 +59,7 @@ def test_reductions_equal_leyline_and_the_enumeration(seed: int) -> None:
     largest = tree_torch.maximum(values_t, mask_t).numpy()
     np.testing.assert_allclose(largest, tree.tree_max(values, mask), atol=1e-9)
     np.testing.assert_allclose(largest, [part.max() for part in brute], atol=1e-9)
-    total = tree_torch.logsumexp(values_t.float(), mask_t).numpy()
+    total = tree_gradients.logsumexp(values_t.float(), mask_t).numpy()
     np.testing.assert_allclose(total, tree.tree_logsumexp(values, mask), atol=1e-5)
     np.testing.assert_allclose(total, [np.logaddexp.reduce(part) for part in brute], atol=1e-5)
     np.testing.assert_array_equal(tree_torch.argmax(values_t, mask_t).numpy(), tree.tree_argmax(values, mask))
@@ -124,7 +124,7 @@ def test_gradients_are_finite_and_zero_where_masked_even_with_whole_groups_maske
             + tree_torch.normalised_entropy(logp, mask_t)
             + tree_torch.kl_divergence(logp, tree_torch.log_softmax(leaf * 2, mask_t), mask_t)
             + tree_torch.maximum(leaf, mask_t)
-            + tree_torch.logsumexp(leaf, mask_t)
+            + tree_gradients.logsumexp(leaf, mask_t)
             + tree_torch.expectation(logp, leaf, mask_t)
         ).sum()
         loss.backward()
@@ -163,7 +163,7 @@ def test_the_log_probability_of_an_action_is_that_of_the_whole_policy_and_so_is_
         drawn = tree_torch.sample(logp, mask, torch.rand(ROWS, 8, generator=torch.Generator().manual_seed(seed)))
         for actions in (drawn, drawn[:1].expand(ROWS, -1)):  # of another row: not valid in some
             direct, whole = (values.clone().requires_grad_() for _ in range(2))
-            found = tree_torch.action_log_prob(direct, mask, actions)
+            found = tree_gradients.action_log_prob(direct, mask, actions)
             expected = tree_torch.log_prob(tree_torch.log_softmax(whole, mask), actions)
             torch.testing.assert_close(found, expected)
             finite = torch.isfinite(expected)
@@ -177,7 +177,7 @@ def test_where_no_slot_is_open_or_there_is_no_row_everything_still_has_its_shape
     mask[:, Op.WAIT] = True
     values = torch.arange(3.0).unsqueeze(1).expand(3, TREE_WIDTH)
     for rows in (3, 0):
-        for function in (tree_torch.maximum, tree_torch.logsumexp):
+        for function in (tree_torch.maximum, tree_gradients.logsumexp):
             assert torch.equal(function(values[:rows], mask[:rows]), torch.arange(float(rows)))
         for function in (tree_torch.argmax, tree_torch.greedy):
             assert torch.equal(function(values[:rows], mask[:rows]), torch.zeros(rows, 8, dtype=torch.int8))
@@ -186,6 +186,6 @@ def test_where_no_slot_is_open_or_there_is_no_row_everything_still_has_its_shape
 def test_a_row_that_allows_nothing_raises() -> None:
     mask = torch.zeros(2, TREE_WIDTH, dtype=torch.bool)
     mask[0, Op.WAIT] = True
-    for function in (tree_torch.log_softmax, tree_torch.maximum, tree_torch.logsumexp, tree_torch.argmax):
+    for function in (tree_torch.log_softmax, tree_torch.maximum, tree_gradients.logsumexp, tree_torch.argmax):
         with pytest.raises(MaskError, match="row 1"):
             function(torch.zeros(2, TREE_WIDTH), mask)
