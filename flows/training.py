@@ -231,6 +231,8 @@ def _check_start(path: str, card: PolicyCard) -> None:
         what = {"flat": "d3rlpy's network over a flat list of actions", "imitation": "an imitation policy"}
     elif network.trunk == "gru":
         what = {"tree": "recurrent (trunk gru), and PPO here learns from single decisions"}
+    elif network.form == "listed":
+        what = {"tree": "of form listed, which chooses from a list and has no probability per choice"}
     elif network.form == "atomic":
         what = {"tree": "one value per whole action (form atomic), without a probability per choice"}
     else:

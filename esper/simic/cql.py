@@ -38,6 +38,12 @@ class CqlRecipe(LearnerSpec):
     own, so that they have the scale of returns. Cal-QL takes max(Q(s, a), G(s)) for each action inside the sum, which
     no factored Q can do exactly; this lower bound of that term is at most log 2 below it.
 
+    `network.form = "listed"` lets all of it range over the actions of the training data alone, as the flat learners of
+    `esper.simic.d3rlpy_backend` do. An additive Q else adds up levers that no episode has tried together, where neither
+    a reward nor the penalty of any one state corrects the sum (the extrapolation error of Fujimoto, Meger, Precup,
+    "Off-Policy Deep Reinforcement Learning without Exploration", ICML 2019). There rho = u is uniform over valid ops,
+    then slots, then the listed actions there.
+
     The network after all steps is the policy, since a held-out temporal difference does not tell which is best. With
     `patience` the held-out L decides instead.
     Reference: Kumar, Zhou, Tucker, Levine, "Conservative Q-Learning for Offline Reinforcement Learning", NeurIPS 2020;
@@ -50,6 +56,8 @@ class CqlRecipe(LearnerSpec):
         polyak: Rate at which the slow copy follows.
         temperature: Of the sampled policy, in units of return.
     """
+
+    chooses_by_value = True
 
     steps: Annotated[int, Field(ge=1)] = 2000
     alpha: Annotated[float, Field(ge=0)] = 0.5

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from esper.leyline.action_list import listed_actions
 from esper.leyline.errors import EsperError
 from esper.leyline.spec_base import Spec
 from esper.simic.batches import Ints, Transitions
@@ -20,7 +21,8 @@ from esper.simic.replay import CHUNK_ROWS, Batch, Replay, Weighting
 from esper.simic.resume import Notes, Progress, Stateful, TorchRandom
 from esper.tamiyo.kinds import AnyNetwork
 from esper.tamiyo.leaves import leaves_of
-from esper.tamiyo.networks import MOMENT_ROWS, NetworkSpec, TreeNet
+from esper.tamiyo.networks import NetworkSpec, TreeNet
+from esper.tamiyo.normaliser import MOMENT_ROWS
 
 OnLog = Callable[[dict[str, float]], None]
 """Receives numbers by name while training goes on; `step` (or `update`) is among them."""
@@ -55,6 +57,15 @@ class LearnerSpec(Spec):
     weighting_temperature: Annotated[float, Field(gt=0)] = 0.1
     log_every: Annotated[int, Field(ge=1)] = 100
     patience: Annotated[int, Field(ge=1)] | None = None
+
+    chooses_by_value: ClassVar[bool] = False
+    """Whether the policy is the best action of a Q network, which may then choose from a list."""
+
+    @model_validator(mode="after")
+    def _a_list_is_chosen_from(self) -> Self:
+        if self.network.form == "listed" and not self.chooses_by_value:
+            raise ValueError('network.form "listed" is for learners that choose by value: cql')
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +154,9 @@ def in_chunks(function: Callable[[Tensor, Tensor], Tensor], first: Tensor, secon
 
 
 def new_tree_net(spec: NetworkSpec, train: Transitions) -> TreeNet:
-    """Return a network whose inputs are standardised on the training rows; an atomic one lists their actions.
+    """Return a network whose inputs are standardised on the training rows, and which lists the actions that it needs.
+
+    An atomic one lists all that their masks allow, a listed one those that are in them.
 
     Raises:
         SpecError: Too many actions for an atomic network.
@@ -152,6 +165,9 @@ def new_tree_net(spec: NetworkSpec, train: Transitions) -> TreeNet:
     if spec.form == "atomic":
         union = [block.any(axis=0, keepdims=True) for block in _of_rows(train.mask_MT, train.state_N)]
         actions_LA = leaves_of(np.concatenate(union))
+    elif spec.form == "listed":
+        actions_LA = listed_actions(train.action_NA)
+    if actions_LA is not None:
         spec = spec.model_copy(update={"num_leaves": len(actions_LA)})
     network = TreeNet(spec)
     if network.leaves is not None and actions_LA is not None:

@@ -32,7 +32,8 @@ from esper.leyline.protocols import BLOCK_ROWS, ActInputs, Carry, Decision, Epis
 from esper.leyline.spec_base import Spec
 from esper.leyline.views import EMBEDDED_BLUEPRINTS, get_view
 from esper.tamiyo.mixing import start_noise, uniform_log_probs
-from esper.tamiyo.networks import LAYOUTS, Normaliser, single_thread
+from esper.tamiyo.networks import single_thread
+from esper.tamiyo.normaliser import LAYOUTS, Normaliser
 from esper.tamiyo.policy import mix
 
 Floats = NDArray[np.float64]

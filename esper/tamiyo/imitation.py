@@ -37,7 +37,8 @@ from esper.leyline.tree import Floats
 from esper.leyline.views import get_view
 from esper.tamiyo.heuristic import HeuristicController
 from esper.tamiyo.mixing import Proposal, draw_mixture, slot_matrix
-from esper.tamiyo.networks import LAYOUTS, Normaliser, single_thread
+from esper.tamiyo.networks import single_thread
+from esper.tamiyo.normaliser import LAYOUTS, Normaliser
 
 _STAGE_WEIGHT = 1000.0
 """More than the epochs that a seed can spend in a stage."""

@@ -1,6 +1,8 @@
-"""Whole actions as a finite list: what an atomic network's entries stand for, one for each leaf of the tree.
+"""Whole actions as a finite list: every leaf of the tree (form `atomic`) or those of the data (form `listed`).
 
-Nothing is shared between two actions: the counterpart of the additive form, as an ablation. Shape suffix L: the leaves.
+An atomic network has an entry for each, and shares nothing between two actions: the counterpart of the additive form,
+as an ablation. A listed one has the entries of the additive form, of which an action's value is the sum, and may choose
+what is listed alone. Shape suffix L: the leaves.
 A policy over leaves has no exact factors op, slot, levers; where one acts or is measured on the tree, its exact
 marginals stand for it: pi(op), pi(slot | op), and each lever's given the slot.
 """
@@ -52,17 +54,31 @@ class Leaves(nn.Module):
     """The list, kept with the weights, and the operations on entries [N, L] that the tree has on its own."""
 
     actions: Tensor
+    passes_TL: Tensor
 
     def __init__(self, num: int) -> None:
         """Room for `num` leaves; SpecError where there is none."""
         super().__init__()
         if num < 1:
-            raise SpecError("an atomic network without a list of actions\n  expected: num_leaves of 1 or more")
+            raise SpecError("a network of whole actions without a list of them\n  expected: num_leaves of 1 or more")
         self.register_buffer("actions", torch.zeros(num, ACTION_WIDTH, dtype=torch.int8))
+        self.register_buffer("passes_TL", torch.zeros(TREE_WIDTH, num), persistent=False)
+        self.register_load_state_dict_post_hook(lambda *_: self._note_paths())  # type: ignore[no-untyped-call]
+        self._note_paths()
 
     def fill(self, actions_LA: Actions) -> None:
         """Set the list."""
         self.actions.copy_(torch.from_numpy(np.ascontiguousarray(actions_LA)))
+        self._note_paths()
+
+    def _note_paths(self) -> None:
+        """Note which entries each leaf passes: 1 there, else 0."""
+        entries, read = self._paths()
+        self.passes_TL.zero_().t().scatter_add_(1, entries, read.to(self.passes_TL.dtype))
+
+    def sums(self, entries_NT: Tensor) -> Tensor:
+        """Return the additive value of each leaf, [N, L]."""
+        return entries_NT @ self.passes_TL
 
     def index(self, actions_NA: Tensor) -> Tensor:
         """Return the place of canonical actions in the list, int64 [N]; MaskError where one is not in it."""
@@ -81,8 +97,7 @@ class Leaves(nn.Module):
     def valid(self, mask_NT: Tensor) -> Tensor:
         """Return which leaves the masks allow, bool [N, L]; MaskError where a row allows none of them."""
         tree_blocks.check_some(mask_NT)
-        entries, read = self._paths()
-        allowed = (mask_NT[:, entries] | ~read).all(dim=2)
+        allowed = mask_NT.to(self.passes_TL.dtype) @ self.passes_TL == self.passes_TL.sum(dim=0)
         if not bool(allowed.any(dim=1).all()):
             raise MaskError("a row allows none of the network's actions\n  expected: WAIT is always valid")
         return allowed
@@ -105,12 +120,18 @@ class Leaves(nn.Module):
 
     def log_sum(self, entries_NL: Tensor, mask_NT: Tensor, prior_NT: Tensor | None) -> Tensor:
         """Return log sum over valid leaves of rho(a) exp of the entry, [N]; see `TreeNet.log_sum`."""
-        masked = self._masked(entries_NL, mask_NT)
+        valid = self.valid(mask_NT)
+        masked = entries_NL.masked_fill(~valid, tree_blocks.MASKED)
         if prior_NT is not None:
             entries, read = self._paths()
-            log_rho = prior_NT[:, entries].masked_fill(~read, 0.0).sum(dim=2)
-            masked = masked + log_rho.clamp(min=tree_blocks.MASKED)
+            log_rho = prior_NT[:, entries[:, :2]].masked_fill(~read[:, :2], 0.0).sum(dim=2)
+            beside_NL = valid.to(entries_NL.dtype) @ self._same_op_and_slot()
+            masked = masked + (log_rho - beside_NL.clamp(min=1.0).log()).clamp(min=tree_blocks.MASKED)
         return masked.logsumexp(dim=1)
+
+    def _same_op_and_slot(self) -> Tensor:
+        first = self.actions[:, :2]
+        return (first.unsqueeze(1) == first).all(dim=2).to(self.passes_TL.dtype)
 
     def log_prob(self, entries_NL: Tensor, mask_NT: Tensor, actions_NA: Tensor) -> Tensor:
         """Return the log-probability of canonical actions under the softmax over valid leaves, [N]."""

@@ -15,7 +15,7 @@ when learning (`History`), one at a time with the memory handed back when acting
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Literal, cast
@@ -27,18 +27,12 @@ from torch import Tensor, nn
 from esper.leyline.actions import MAX_SLOTS, NUM_LEVER_CHOICES, NUM_OPS
 from esper.leyline.errors import SpecError
 from esper.leyline.spec_base import Spec
-from esper.leyline.views import EMBEDDED_BLUEPRINTS, NUM_GLOBAL_V4, NUM_SLOT_V4, VIEWS
+from esper.leyline.views import EMBEDDED_BLUEPRINTS
 from esper.tamiyo import tree_gradients, tree_torch
 from esper.tamiyo.leaves import Leaves
+from esper.tamiyo.normaliser import LAYOUTS, Normaliser
 
-NUM_GLOBAL_V3 = 23
-NUM_SLOT_V3 = 31
 BLUEPRINT_DIMS = 4
-CLIP = 10.0
-SMALLEST_SD = 1e-3
-"""A column that varies less than this in the data is centred and not scaled."""
-MOMENT_ROWS = 1024
-"""Rows of a data set whose moments are taken at once: the sums depend on it, and so do their last bits."""
 
 
 class NetworkSpec(Spec):
@@ -53,9 +47,11 @@ class NetworkSpec(Spec):
         head: `logits`: the entries are logits. `values`: they are Q-values; the logits of a choice are the best value
             below each alternative over `temperature`, so that choosing step by step is choosing the best action.
         form: `additive`: an entry for every choice of the tree, an action's value is the sum of those that it passes.
+            `listed`: the same sums, but only the germinations of the training data, and every action of the other ops,
+            may be chosen: no sum of levers that were never tried together. For Q-learning (`cql`) alone.
             `atomic`: one entry for every whole action, which shares nothing between actions; an ablation, for small
             trees (see `esper.tamiyo.leaves`).
-        num_leaves: Number of actions of an atomic network; a learner sets it.
+        num_leaves: Number of actions of an atomic network or of a list; a learner sets it.
         temperature: Value units; read by `values` alone.
         input_noise: Standard deviation of the noise on standardised inputs, in training mode alone. A data set has few
             environment seeds, and what tells them apart is learned by heart without it.
@@ -67,37 +63,10 @@ class NetworkSpec(Spec):
     hidden: Annotated[int, Field(ge=1)] = 128
     slot_hidden: Annotated[int, Field(ge=1)] = 32
     head: Literal["logits", "values"] = "logits"
-    form: Literal["additive", "atomic"] = "additive"
+    form: Literal["additive", "listed", "atomic"] = "additive"
     num_leaves: Annotated[int, Field(ge=0)] = 0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     input_noise: Annotated[float, Field(ge=0)] = 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the blocks of a view lie: global, then slots, then one blueprint index per slot.
-
-    With `has_presence` the first column of a slot block says whether the host has that slot.
-    """
-
-    num_global: int
-    num_slots: int
-    slot_width: int
-    num_indices: int
-    has_presence: bool = False
-
-    @property
-    def num_numbers(self) -> int:
-        """Columns that are numbers, not indices."""
-        return self.num_global + self.num_slots * self.slot_width
-
-
-LAYOUTS: dict[str, Layout] = {
-    "v1": Layout(VIEWS["v1"].width, 0, 0, 0),
-    "v3": Layout(NUM_GLOBAL_V3, 3, NUM_SLOT_V3, 3),
-    "v4": Layout(NUM_GLOBAL_V4, MAX_SLOTS, NUM_SLOT_V4, 0, has_presence=True),
-    "v4-hidden": Layout(NUM_GLOBAL_V4, MAX_SLOTS, NUM_SLOT_V4, 0, has_presence=True),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,86 +85,6 @@ class History:
 
 Inputs = Tensor | History
 """What a network reads: rows [N, V], or rows with the episodes that they belong to."""
-
-
-class Normaliser(nn.Module):
-    """(x - mean) / sd, clipped; a slot column has one mean and sd for all slots, and an absent slot is all zero."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, layout: Layout, noise: float) -> None:
-        super().__init__()
-        self.layout = layout
-        self.noise = noise
-        self.register_buffer("mean", torch.zeros(layout.num_numbers))
-        self.register_buffer("scale", torch.ones(layout.num_numbers))
-
-    def fit(self, obs_NV: Tensor) -> None:
-        """Set mean and sd from the rows of a data set; absent slots do not count."""
-        self.fit_blocks(obs_NV[i : i + MOMENT_ROWS] for i in range(0, len(obs_NV), MOMENT_ROWS))
-
-    def fit_blocks(self, blocks: Iterable[Tensor]) -> None:
-        """Set mean and sd as `fit` does, from the rows in blocks of MOMENT_ROWS, the last one as long as it is."""
-        layout = self.layout
-        shared, present, all_slots = Moments(), Moments(), Moments()
-        for obs_NV in blocks:
-            shared.add(obs_NV[:, : layout.num_global])
-            if not layout.num_slots:
-                continue
-            slots = obs_NV[:, layout.num_global : layout.num_numbers].reshape(-1, layout.slot_width)
-            present.add(slots[slots[:, 0] > 0] if layout.has_presence else slots)
-            if not present.num_rows:
-                all_slots.add(slots)
-        parts = [shared.mean_and_sd()]
-        if layout.num_slots:
-            parts += [(present if present.num_rows else all_slots).mean_and_sd()] * layout.num_slots
-        mean, sd = (torch.cat(each) for each in zip(*parts))
-        self.mean.copy_(mean)
-        self.scale.copy_(1.0 / sd)
-
-    def forward(self, numbers_NV: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the global block [N, G] and the slot blocks [N, slots, F]."""
-        layout = self.layout
-        scaled = ((numbers_NV - self.mean) * self.scale).clamp(-CLIP, CLIP)
-        if self.training and self.noise > 0:
-            scaled = scaled + self.noise * torch.randn_like(scaled)
-        shape = (len(numbers_NV), layout.num_slots, layout.slot_width)
-        blocks = scaled[:, layout.num_global :].reshape(shape)
-        if layout.has_presence:
-            raw = numbers_NV[:, layout.num_global :].reshape(shape)
-            blocks = blocks * (raw[:, :, :1] > 0)
-        return scaled[:, : layout.num_global], blocks
-
-
-class Moments:
-    """Mean and sd of columns from rows that come in blocks (Chan, Golub, LeVeque 1979), in float64."""
-
-    def __init__(self) -> None:
-        self.num_rows = 0
-        self._mean = torch.zeros(0, dtype=torch.float64)
-        self._squares = torch.zeros(0, dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        """Take in more rows; none is fine."""
-        if not len(rows):
-            return
-        wide = rows.double()
-        mean = wide.mean(dim=0)
-        squares = (wide - mean).square().sum(dim=0)
-        if not self.num_rows:
-            self.num_rows, self._mean, self._squares = len(rows), mean, squares
-            return
-        total = self.num_rows + len(rows)
-        ahead = mean - self._mean
-        self._mean = self._mean + ahead * (len(rows) / total)
-        self._squares = self._squares + squares + ahead.square() * (self.num_rows * len(rows) / total)
-        self.num_rows = total
-
-    def mean_and_sd(self) -> tuple[Tensor, Tensor]:
-        """Return both in float32; the sd of a column that hardly varies is 1."""
-        sd = (self._squares / self.num_rows).sqrt()
-        return self._mean.float(), torch.where(sd < SMALLEST_SD, torch.ones_like(sd), sd).float()
 
 
 class StateEncoder(nn.Module):
@@ -268,7 +157,7 @@ class StateEncoder(nn.Module):
 
 
 class TreeNet(nn.Module):
-    """Entries from a view: a policy's logits or action values, by choice (TREE_WIDTH) or by whole action (leaves).
+    """Entries from a view: a policy's logits or action values, by choice (TREE_WIDTH) or, atomic, by whole action.
 
     What reads `entries` goes by `spec.form`: learners and controllers use these methods and need not know it.
     """
@@ -277,9 +166,12 @@ class TreeNet(nn.Module):
         super().__init__()
         self.spec = spec
         self.encoder = StateEncoder(spec)
-        self.leaves: Leaves | None = None
+        self.leaves = None if spec.form == "additive" else Leaves(spec.num_leaves)
+        if spec.form == "listed" and spec.head != "values":
+            raise SpecError(
+                'a policy of form "listed"\n  expected: head "values"; a policy imitates what is in the data'
+            )
         if spec.form == "atomic":
-            self.leaves = Leaves(spec.num_leaves)
             self.leaf_in = nn.Linear(spec.hidden + MAX_SLOTS * spec.slot_hidden, spec.hidden)
             self.leaf_out = nn.Linear(spec.hidden, spec.num_leaves)
             _start_small(self.leaf_out)
@@ -301,7 +193,7 @@ class TreeNet(nn.Module):
         return self._entries(state, slots), after
 
     def _entries(self, state: Tensor, slots: Tensor) -> Tensor:
-        if self.leaves is not None:
+        if self.spec.form == "atomic":
             wide = torch.cat([state, slots.flatten(1)], dim=1)
             return cast(Tensor, self.leaf_out(torch.relu(self.leaf_in(wide))))
         scale, shift = self.from_trunk(state).unsqueeze(1).chunk(2, dim=2)
@@ -311,16 +203,21 @@ class TreeNet(nn.Module):
         levers = entries[:, :, NUM_OPS - 1 :].flatten(1)
         return torch.cat([self.op_out(state), choices, levers], dim=1)
 
+    def _of_leaves(self, leaves: Leaves, entries: Tensor) -> Tensor:
+        """Return a value for each whole action, [N, leaves]."""
+        return entries if self.spec.form == "atomic" else leaves.sums(entries)
+
     def of_action(self, entries: Tensor, actions_NA: Tensor) -> Tensor:
         """Return Q(s, a) of canonical actions, [N]."""
-        if self.leaves is not None:
+        if self.leaves is not None and self.spec.form == "atomic":
             return self.leaves.of_action(entries, actions_NA)
         return tree_torch.path_sum(entries, actions_NA)
 
     def at_best(self, entries: Tensor, chosen_by: Tensor, mask_NT: Tensor) -> Tensor:
         """Return the value of the valid action that is best by the entries `chosen_by`, [N]."""
         if self.leaves is not None:
-            return self.leaves.at_argmax(entries, chosen_by, mask_NT)
+            values, by = (self._of_leaves(self.leaves, part) for part in (entries, chosen_by))
+            return self.leaves.at_argmax(values, by, mask_NT)
         return tree_torch.at_argmax(entries, chosen_by, mask_NT)
 
     def log_sum(self, entries: Tensor, mask_NT: Tensor, prior_NT: Tensor | None = None) -> Tensor:
@@ -329,10 +226,11 @@ class TreeNet(nn.Module):
         Args:
             entries: Values.
             mask_NT: Valid choices.
-            prior_NT: log rho by choice, as `tree_torch.log_softmax` gives it; None weighs every action with 1.
+            prior_NT: log rho by choice, as `tree_torch.log_softmax` gives it, of ops and slots; over the actions of an
+                op and slot rho is uniform. None weighs every action with 1.
         """
         if self.leaves is not None:
-            return self.leaves.log_sum(entries, mask_NT, prior_NT)
+            return self.leaves.log_sum(self._of_leaves(self.leaves, entries), mask_NT, prior_NT)
         if prior_NT is not None:
             entries = entries + prior_NT.masked_fill(~mask_NT, 0.0)
         return tree_gradients.logsumexp(entries, mask_NT)
@@ -341,7 +239,7 @@ class TreeNet(nn.Module):
         """Return the logits by choice of the policy that entries stand for, float32 [N, TREE_WIDTH]."""
         if self.spec.head == "values":
             if self.leaves is not None:
-                return self.leaves.best_below(entries, mask_NT) / self.spec.temperature
+                return self.leaves.best_below(self._of_leaves(self.leaves, entries), mask_NT) / self.spec.temperature
             return tree_torch.best_below(entries, mask_NT) / self.spec.temperature
         return entries if self.leaves is None else self.leaves.log_marginals(entries, mask_NT)
 

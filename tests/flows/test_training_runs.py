@@ -231,7 +231,7 @@ def test_the_bundled_grids_hold_recipes_that_load(monkeypatch):
     monkeypatch.chdir(Path(__file__).parents[2])
     from esper.simic.training import load_recipe
 
-    for name in ("offline", "iql-cql"):
+    for name in ("offline", "offline-hidden", "iql-cql", "cql-forms"):
         for point in TrainRequest(dataset="small", grid=name).points():
             assert json.loads(
                 load_recipe(point.algorithm, point.backend, point.recipe, point.changes).model_dump_json()

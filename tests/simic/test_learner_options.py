@@ -10,6 +10,7 @@ from memory_task import STEPS, memory_transitions
 from tree_bandit import BEST, bandit_transitions
 
 from esper.leyline import tree
+from esper.leyline.actions import lever_slice
 from esper.leyline.errors import SpecError
 from esper.simic.batches import Transitions
 from esper.simic.bc import BcRecipe, RwbcRecipe, fit_bc
@@ -19,11 +20,13 @@ from esper.simic.replay import Replay, trajectory_probabilities
 from esper.simic.resume import Progress
 from esper.simic.returns import n_step, returns_to_go
 from esper.tamiyo import tree_torch
+from esper.tamiyo.checkpoints import PolicyCard, load_checkpoint, save_checkpoint
 from esper.tamiyo.networks import History, NetworkSpec, TreeNet, seeded, single_thread
 
 SMALL = NetworkSpec(view="v1", hidden=24, slot_hidden=12, input_noise=0.1)
 GRU = SMALL.model_copy(update={"trunk": "gru"})
 ATOMIC = SMALL.model_copy(update={"form": "atomic"})
+LISTED = SMALL.model_copy(update={"form": "listed"})
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +49,13 @@ def halves(data: Transitions) -> tuple[Transitions, Transitions]:
     return data.select(~held), data.select(held)
 
 
-def recipes(network: NetworkSpec, steps: int, **options):
+def recipe_of(algorithm: str, network: NetworkSpec, steps: int, **options):
     shared = {"network": network, "batch_size": 64, "learning_rate": 3e-3, "log_every": 10, **options}
-    return {
-        "bc": BcRecipe(**shared, steps=steps),
-        "rwbc": RwbcRecipe(**shared, steps=steps),
-        "iql": IqlRecipe(**shared, steps=steps, value_steps=2 * steps, n_step=STEPS, polyak=0.05),
-        "cql": CqlRecipe(**shared, steps=steps, n_step=STEPS, polyak=0.05, alpha=0.05),
-    }
+    if algorithm == "iql":
+        return IqlRecipe(**shared, steps=steps, value_steps=2 * steps, n_step=STEPS, polyak=0.05)
+    if algorithm == "cql":
+        return CqlRecipe(**shared, steps=steps, n_step=STEPS, polyak=0.05, alpha=0.05)
+    return {"bc": BcRecipe, "rwbc": RwbcRecipe}[algorithm](**shared, steps=steps)
 
 
 def right_slot(network: TreeNet, data: Transitions, cue: np.ndarray) -> float:
@@ -69,13 +71,13 @@ def right_slot(network: TreeNet, data: Transitions, cue: np.ndarray) -> float:
 def test_a_recurrent_learner_solves_what_only_memory_can(algorithm: str) -> None:
     data, cue = memory_transitions()
     train, held = halves(data)
-    found = fit(recipes(GRU, 150)[algorithm], train, held).network
+    found = fit(recipe_of(algorithm, GRU, 150), train, held).network
     assert right_slot(found, data, cue) > 0.95
 
 
 def test_without_memory_the_same_task_is_chance() -> None:
     data, cue = memory_transitions()
-    found = fit(recipes(SMALL, 150)["rwbc"], *halves(data)).network
+    found = fit(recipe_of("rwbc", SMALL, 150), *halves(data)).network
     assert 0.3 < right_slot(found, data, cue) < 0.7
 
 
@@ -112,11 +114,14 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("network", [SMALL, GRU, ATOMIC], ids=["mlp", "gru", "atomic"])
-@pytest.mark.parametrize("algorithm", ["rwbc", "iql", "cql"])
+@pytest.mark.parametrize(
+    ("algorithm", "network"),
+    [(name, network) for name in ("rwbc", "iql", "cql") for network in (SMALL, GRU, ATOMIC)] + [("cql", LISTED)],
+    ids=lambda part: part if isinstance(part, str) else f"{part.trunk}-{part.form}",
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, algorithm: str, network: NetworkSpec) -> None:
     train, held = halves(memory_transitions(60)[0])
-    recipe = recipes(network, 20, log_every=4, patience=3)[algorithm]
+    recipe = recipe_of(algorithm, network, 20, log_every=4, patience=3)
     whole = fit(recipe, train, held)
     for killed_at in (2, 6):
         logs = []
@@ -148,7 +153,7 @@ def test_patience_ends_a_loop_that_only_learns_by_heart_and_returns_its_best(alg
     found = {}
     for patience in (None, 3):
         logs: list[dict[str, float]] = []
-        recipe = recipes(SMALL, 100, patience=patience, learning_rate=1e-2)[algorithm]
+        recipe = recipe_of(algorithm, SMALL, 100, patience=patience, learning_rate=1e-2)
         found[patience] = fit(recipe, train, held, on_log=logs.append).metrics, logs
     metrics, logs = found[3]
     last = max(log.get("step", 0.0) for log in logs)
@@ -165,7 +170,7 @@ def test_an_atomic_learner_finds_the_best_action_and_keeps_its_list(tmp_path: Pa
     data, context = bandit_transitions(1500)
     train, held = halves(data)
     for algorithm in ("iql", "cql"):
-        recipe = recipes(ATOMIC, 250, batch_size=128)[algorithm]
+        recipe = recipe_of(algorithm, ATOMIC, 250, batch_size=128)
         if algorithm == "iql":
             recipe = recipe.model_copy(update={"expectile": 0.9, "n_step": 1, "polyak": 0.02, "beta": 2.0})
         network = fit(recipe, train, held).network
@@ -178,6 +183,56 @@ def test_an_atomic_learner_finds_the_best_action_and_keeps_its_list(tmp_path: Pa
         again.load_state_dict(network.state_dict())
         with torch.no_grad():
             assert torch.equal(again.eval()(obs), network(obs))
+
+
+def levers_apart() -> tuple[Transitions, list[list[int]]]:
+    """Blueprint 2 is worth 1 and so is tempo 1, each beside the other's first value; nobody tried them together."""
+    tried = [[1, 0, 2, 0, 0], [1, 0, 0, 0, 1], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]]
+    data, _ = bandit_transitions(400)
+    which = np.arange(400) % 4
+    actions = np.zeros_like(data.action_NA)
+    actions[:, :5] = np.array(tried)[which]
+    mask = data.mask_MT.copy()
+    mask[:, lever_slice(0, 2).start + 1] = True
+    data = replace(data, action_NA=actions, mask_MT=mask, reward_N=np.array([1.0, 1.0, 0.0, 0.5])[which])
+    return data, tried
+
+
+def test_a_sum_of_levers_that_were_never_tried_together_is_not_chosen_from_a_list(tmp_path: Path) -> None:
+    data, tried = levers_apart()
+    obs, mask = (torch.from_numpy(part[data.state_N]) for part in (data.obs_MV, data.mask_MT))
+    chosen = {}
+    for form, network in (("additive", SMALL), ("listed", LISTED)):
+        recipe = recipe_of("cql", network, 300, batch_size=128).model_copy(update={"n_step": 1, "alpha": 0.01})
+        fitted = fit(recipe, data, data.select(np.zeros(len(data), dtype=bool))).network
+        with torch.no_grad():
+            found = tree_torch.greedy(fitted.logits(obs, mask), mask)
+        chosen[form] = {tuple(row[:5]) for row in found.tolist()}
+    assert chosen["additive"] == {(1, 0, 2, 0, 1)}
+    assert chosen["listed"] <= {tuple(action) for action in tried[:2]}
+    card = PolicyCard(name="q", algorithm="cql", network=fitted.spec, recipe={}, rewards={}, training_seed=0)
+    save_checkpoint(tmp_path / "q", fitted, card)
+    again, _ = load_checkpoint(tmp_path / "q")
+    with torch.no_grad():
+        assert torch.equal(again.logits(obs, mask), fitted.logits(obs, mask))
+
+
+def test_a_listed_network_values_what_is_held_out_though_it_is_not_in_its_list() -> None:
+    data, _ = levers_apart()
+    other = data.action_NA.copy()
+    other[0] = [1, 0, 3, 0, 0, 0, 0, 0]
+    recipe = recipe_of("cql", LISTED, 20)
+    metrics = fit(recipe, data, replace(data, action_NA=other)).metrics
+    assert np.isfinite(metrics["held_out_td_loss"])
+
+
+def test_only_learners_that_choose_by_value_take_a_list() -> None:
+    listed = LISTED.model_dump()
+    for recipe in (BcRecipe, RwbcRecipe, IqlRecipe):
+        with pytest.raises(SpecError, match="choose by value"):
+            recipe.parse({"network": listed})
+    with pytest.raises(SpecError, match="form"):
+        TreeNet(NetworkSpec(form="listed", num_leaves=3))
 
 
 def test_returns_to_go_are_sums_of_what_followed() -> None:

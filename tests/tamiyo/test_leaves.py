@@ -85,6 +85,27 @@ def test_the_tree_acts_by_the_best_leaf_and_by_exact_marginals(case) -> None:
                     )
 
 
+def test_an_additive_list_sums_paths_and_its_prior_is_uniform_over_what_is_listed(case) -> None:
+    leaves, _, mask = case
+    kept = leaves.actions.numpy()[[0, 1, 4, 9, 13, 14, 17]]
+    some = Leaves(len(kept))
+    some.fill(kept)
+    entries = torch.randn(ROWS, TREE_WIDTH, generator=torch.Generator().manual_seed(1))
+    for row in range(ROWS):
+        at = entries[row].expand(len(kept), -1)
+        torch.testing.assert_close(some.sums(entries)[row], tree_torch.path_sum(at, some.actions))
+    uniform = tree_torch.log_softmax(torch.zeros(ROWS, TREE_WIDTH), mask)
+    weighted = some.log_sum(torch.zeros(ROWS, len(kept)), mask, uniform)
+    for row in range(ROWS):
+        valid = some.valid(mask)[row].numpy()
+        places = {tuple(action[:2]) for action in kept[valid]}
+        share = 0.0
+        for op, slot in places:
+            of_op = uniform[row, op].exp().item()
+            share += of_op * (uniform[row, slot_slice(op)][slot].exp().item() if op else 1.0)
+        assert weighted[row].exp().item() == pytest.approx(share, abs=1e-5)
+
+
 def test_gradients_are_finite_and_zero_for_leaves_that_are_not_valid(case) -> None:
     leaves, entries, mask = case
     entries.requires_grad_()

@@ -6,7 +6,8 @@ import torch
 from esper.leyline.actions import LEVER_START, NUM_LEVER_CHOICES, TREE_WIDTH, slot_slice
 from esper.leyline.views import NUM_GLOBAL_V4, NUM_SLOT_V4, VIEWS
 from esper.tamiyo import tree_torch
-from esper.tamiyo.networks import LAYOUTS, NetworkSpec, TreeNet, ValueNet, seeded
+from esper.tamiyo.networks import NetworkSpec, TreeNet, ValueNet, seeded
+from esper.tamiyo.normaliser import LAYOUTS
 
 
 def observations(view: str, num: int = 5) -> torch.Tensor:
