@@ -63,7 +63,7 @@ class Leaves(nn.Module):
             raise SpecError("a network of whole actions without a list of them\n  expected: num_leaves of 1 or more")
         self.register_buffer("actions", torch.zeros(num, ACTION_WIDTH, dtype=torch.int8))
         self.register_buffer("passes_TL", torch.zeros(TREE_WIDTH, num), persistent=False)
-        self.register_load_state_dict_post_hook(lambda *_: self._note_paths())  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(lambda leaves, _: leaves._note_paths())  # type: ignore[no-untyped-call]
         self._note_paths()
 
     def fill(self, actions_LA: Actions) -> None:

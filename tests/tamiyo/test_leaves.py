@@ -1,5 +1,7 @@
 """Atomic networks: what they sum, choose and act by equals the enumeration of their actions."""
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,18 @@ def test_an_additive_list_sums_paths_and_its_prior_is_uniform_over_what_is_liste
             of_op = uniform[row, op].exp().item()
             share += of_op * (uniform[row, slot_slice(op)][slot].exp().item() if op else 1.0)
         assert weighted[row].exp().item() == pytest.approx(share, abs=1e-5)
+
+
+def test_a_copy_that_loads_another_list_sums_by_that_list(case) -> None:
+    leaves, _, _ = case
+    first, second = Leaves(3), Leaves(3)
+    first.fill(leaves.actions.numpy()[:3])
+    second.fill(leaves.actions.numpy()[5:8])
+    copied = deepcopy(first)
+    copied.load_state_dict(second.state_dict())
+    entries = torch.randn(ROWS, TREE_WIDTH, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(copied.sums(entries), second.sums(entries))
+    assert not torch.equal(first.sums(entries), second.sums(entries))
 
 
 def test_gradients_are_finite_and_zero_for_leaves_that_are_not_valid(case) -> None:
